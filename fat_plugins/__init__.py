@@ -1,0 +1,46 @@
+"""fat-plugins: low-bit quantization-aware training algorithms as plug-ins. The core knows no host framework."""
+
+from fat_plugins.config import CompressionConfig
+from fat_plugins.errors import CheckpointError, ConfigError, ExportError, FatPluginsError, HostError, QuantizationError
+from fat_plugins.functional import get_backend, set_backend
+from fat_plugins.quantizer import (
+    ActivationQuantizer,
+    Coordinator,
+    Progress,
+    Quantizer,
+    TensorSpec,
+    WeightQuantizer,
+    named_quantizers,
+    param_groups,
+    regularization,
+    set_progress,
+)
+from fat_plugins.registry import Algorithm, algorithms, get_algorithm
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActivationQuantizer",
+    "Algorithm",
+    "CheckpointError",
+    "CompressionConfig",
+    "ConfigError",
+    "Coordinator",
+    "ExportError",
+    "FatPluginsError",
+    "HostError",
+    "Progress",
+    "QuantizationError",
+    "Quantizer",
+    "TensorSpec",
+    "WeightQuantizer",
+    "__version__",
+    "algorithms",
+    "get_algorithm",
+    "get_backend",
+    "named_quantizers",
+    "param_groups",
+    "regularization",
+    "set_backend",
+    "set_progress",
+]

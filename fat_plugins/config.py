@@ -1,0 +1,255 @@
+"""The ``compression`` section of an NNCF JSON config, as pydantic models.
+
+Keys are NNCF's own where NNCF has them; what an algorithm adds sits under ``params``. The JSON Schema that hosts
+validate against is generated from these models (:func:`json_schema`). Hosts resolve one :class:`TensorSpec` per
+quantizer with :meth:`CompressionConfig.resolve`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, ValidationError, field_validator
+
+from fat_plugins.errors import ConfigError, nearest, unknown
+from fat_plugins.quantizer import Role, TensorSpec
+from fat_plugins.registry import Algorithm, algorithms, get_algorithm
+
+#: quantizes first and last layers, and activations that feed no weighted layer
+PLAIN_ALGORITHM = "minmax"
+DEFAULT_BITS = 4
+PLAIN_BITS = 8
+
+
+class Section(BaseModel):
+    """Base of all configuration sections: unknown keys are errors, types are not guessed."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+def explain(error: ValidationError, model: type[BaseModel], where: str = "") -> str:
+    """One line for a pydantic error: the key's path, the value, what is allowed, the nearest valid key."""
+    first = error.errors()[0]
+    path = ".".join(str(p) for p in ([where] if where else []) + list(first["loc"]))
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        fields = _fields_at(model, first["loc"][:-1])
+        allowed = f"; allowed: {', '.join(sorted(fields))}" if fields else ""
+        return f"{path}: unknown key{allowed}{nearest(first['loc'][-1], fields)}{more}"
+    value = "" if first["type"] == "missing" else f", got {first['input']!r}"
+    return f"{path}: {first['msg'].removeprefix('Value error, ')}{value}{more}"
+
+
+def _fields_at(model: type[BaseModel], loc: tuple) -> list[str]:
+    """Names of the keys of the (sub)model that an error location points into."""
+    current: Any = model
+    for part in loc:
+        field = getattr(current, "model_fields", {}).get(part)
+        if field is None:
+            continue
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        nested = [a for c in candidates for a in (c, *getattr(c, "__args__", ()))]
+        current = next((c for c in nested if isinstance(c, type) and issubclass(c, BaseModel)), current)
+    return [f.alias or n for n, f in getattr(current, "model_fields", {}).items()]
+
+
+Bits = StrictInt
+
+
+class OverrideSection(Section):
+    """Settings of the layers that one scope matches."""
+
+    algorithm: str | None = Field(None, description="Another algorithm for these tensors.")
+    bits: Bits | None = Field(None, description="Bit width, sign included.")
+    per_channel: StrictBool | None = Field(None, description="One scale per output channel instead of one per tensor.")
+    signed: StrictBool | None = Field(None, description="Activations: force signed or unsigned codes.")
+    mode: Literal["symmetric"] | None = Field(None, description="Only 'symmetric' exists below 8 bits.")
+    params: dict[str, Any] | None = Field(None, description="Options of the algorithm.")
+
+
+class TensorSection(OverrideSection):
+    """The ``weights`` or ``activations`` section."""
+
+    ignored_scopes: list[str] | str | None = Field(None, description="Scopes that are left out.")
+    target_scopes: list[str] | str | None = Field(None, description="Only these scopes are quantized.")
+    unified_scale_ops: list[list[str]] | None = Field(None, description="NNCF: groups that share one scale.")
+
+
+class ScopeOverrides(Section):
+    """NNCF's ``scope_overrides``: a scope (or ``{re}`` pattern) to its settings."""
+
+    weights: dict[str, OverrideSection] = Field(default_factory=dict)
+    activations: dict[str, OverrideSection] = Field(default_factory=dict)
+
+
+EdgeLayer = StrictInt | Literal["float", "same"]
+
+
+class CompressionConfig(Section):
+    """One algorithm's section of ``compression``."""
+
+    algorithm: str = Field(description="Name of the algorithm.")
+    weights: TensorSection = Field(default_factory=TensorSection)
+    activations: TensorSection = Field(default_factory=TensorSection)
+    params: dict[str, Any] = Field(default_factory=dict, description="Options of the algorithm.")
+    first_layer: EdgeLayer = Field(
+        PLAIN_BITS,
+        description="Layers that read the network's input, weights and input activations: a bit width (quantized by "
+        f"'{PLAIN_ALGORITHM}'), 'float', or 'same' as the rest.",
+    )
+    last_layer: EdgeLayer = Field(PLAIN_BITS, description="Layers that no other weighted layer reads: as first_layer.")
+    ignored_scopes: list[str] | str | None = Field(None, description="Scopes that are left out.")
+    target_scopes: list[str] | str | None = Field(None, description="Only these scopes are quantized.")
+    scope_overrides: ScopeOverrides = Field(default_factory=ScopeOverrides)
+    initializer: dict[str, Any] = Field(default_factory=dict, description="NNCF's range and batchnorm_adaptation.")
+    compression_lr_multiplier: StrictFloat | StrictInt | None = Field(
+        None, description="Factor on the gradients of the quantizers' own parameters."
+    )
+    preset: Literal["performance", "mixed"] | None = Field(None, description="NNCF's placement preset.")
+    quantize_inputs: StrictBool = Field(True, description="Quantize the network's input.")
+    quantize_outputs: StrictBool = Field(False, description="Quantize the network's output.")
+    overflow_fix: Literal["disable", "enable", "first_layer_only"] | None = Field(
+        None, description="NNCF's 7-bit weights for old processors; 8-bit layers only."
+    )
+    export_to_onnx_standard_ops: StrictBool | None = Field(None, description="NNCF's QuantizeLinear export; 8-bit.")
+
+    @field_validator("algorithm")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in algorithms():
+            raise ValueError(unknown("algorithm", value, algorithms()))
+        return value
+
+    @classmethod
+    def parse(cls, section: dict[str, Any], where: str = "compression") -> CompressionConfig:
+        """Validate one section, its params and every bit width in it.
+
+        :raises ConfigError: one line with the key's path, the value, what is allowed and the nearest valid name.
+        """
+        if not isinstance(section, dict):
+            raise ConfigError(f"{where}: expected an object with the key 'algorithm', got {type(section).__name__}")
+        try:
+            config = cls.model_validate(section)
+        except ValidationError as error:
+            raise ConfigError(explain(error, cls, where)) from None
+        config._check(where)
+        return config
+
+    def _check(self, where: str) -> None:
+        get_algorithm(self.algorithm).parse_params(self.params, f"{where}.params")
+        for role, group in (("weight", "weights"), ("activation", "activations")):
+            section: TensorSection = getattr(self, group)
+            overrides = getattr(self.scope_overrides, group)
+            entries = [(f"{where}.{group}", section)]
+            entries += [(f"{where}.scope_overrides.{group}[{scope!r}]", o) for scope, o in overrides.items()]
+            for place, entry in entries:
+                algorithm, bits, per_channel, _, params = self._merge(section, entry)
+                if algorithm not in algorithms():
+                    raise ConfigError(f"{place}.algorithm: {unknown('algorithm', algorithm, algorithms())}")
+                kind = get_algorithm(algorithm)
+                kind.parse_params(params, f"{place}.params")
+                kind.check(TensorSpec(role, bits, name=place, per_channel=per_channel))
+        for key in ("first_layer", "last_layer"):
+            bits = getattr(self, key)
+            if isinstance(bits, int):
+                for role in ("weight", "activation"):
+                    get_algorithm(PLAIN_ALGORITHM).check(TensorSpec(role, bits, name=f"{where}.{key}"))
+
+    def _merge(self, section: TensorSection, override: OverrideSection | None):
+        """Effective (algorithm, bits, per_channel, signed, params) of a group section and one override."""
+        override = override or section
+        algorithm = override.algorithm or section.algorithm or self.algorithm
+        params = dict(self.params) if algorithm == self.algorithm else {}
+        if section.params and algorithm == (section.algorithm or self.algorithm):
+            params.update(section.params)
+        params.update(override.params or {})
+
+        def pick(name):
+            value = getattr(override, name)
+            return getattr(section, name) if value is None else value
+
+        bits = pick("bits")
+        return algorithm, DEFAULT_BITS if bits is None else bits, pick("per_channel"), pick("signed"), params
+
+    def resolve(
+        self, spec: TensorSpec, matches: Callable[[str], bool], edge: Literal["first", "last", "plain"] | None = None
+    ) -> tuple[str, TensorSpec, dict[str, Any]] | None:
+        """What quantizes one tensor.
+
+        :param spec: what the host knows about the tensor; its ``bits`` are ignored.
+        :param matches: whether a scope of ``scope_overrides`` names this tensor, by the host's own rules.
+        :param edge: ``"first"``/``"last"`` for the network's edge layers, ``"plain"`` for activations that feed no
+            weighted layer (8 bits unless an override names them), else ``None``.
+        :return: algorithm name, completed spec and params, or ``None`` for a tensor that stays float.
+        """
+        group = "weights" if spec.role == "weight" else "activations"
+        section: TensorSection = getattr(self, group)
+        overrides = getattr(self.scope_overrides, group)
+        override = next((o for scope, o in overrides.items() if matches(scope)), None)
+        algorithm, bits, per_channel, signed, params = self._merge(section, override)
+        if override is None and edge is not None:
+            policy: int | str = PLAIN_BITS if edge == "plain" else getattr(self, f"{edge}_layer")
+            if policy == "float":
+                return None
+            if policy != "same":
+                algorithm, bits, per_channel, params = PLAIN_ALGORITHM, int(policy), None, {}
+        values = {**vars(spec), "bits": bits, "per_channel": per_channel}
+        if spec.role == "activation" and signed is not None:
+            values["signed"] = signed
+        done = TensorSpec(**values)
+        get_algorithm(algorithm).check(done)
+        return algorithm, done, params
+
+
+def json_schema(algorithm: type[Algorithm]) -> dict[str, Any]:
+    """JSON Schema (self-contained, no ``$ref``) of ``compression`` for one algorithm, for hosts that validate."""
+    schema = CompressionConfig.model_json_schema()
+    params = algorithm.Params.model_json_schema()
+    definitions = {**schema.pop("$defs", {}), **params.pop("$defs", {})}
+
+    def inline(node: Any) -> Any:
+        if isinstance(node, dict):
+            if "$ref" in node:
+                return inline(definitions[node["$ref"].rsplit("/", 1)[-1]])
+            return {k: inline(v) for k, v in node.items()}
+        return [inline(v) for v in node] if isinstance(node, list) else node
+
+    schema = inline(schema)
+    schema["properties"]["algorithm"] = {"const": algorithm.name, "description": algorithm.title}
+    schema["properties"]["params"] = inline(params)
+    return schema
+
+
+def split_sections(compression: Any) -> list[dict[str, Any]]:
+    """``compression`` of an NNCF config as a list of sections (NNCF allows one object or a list).
+
+    :raises ConfigError: anything else, or a section without ``algorithm``.
+    """
+    sections = compression if isinstance(compression, list) else [compression]
+    for i, section in enumerate(sections):
+        if not isinstance(section, dict) or not isinstance(section.get("algorithm"), str):
+            raise ConfigError(f"compression[{i}]: expected an object with the key 'algorithm', got {section!r}")
+    return sections
+
+
+def is_plugin_section(section: dict[str, Any]) -> bool:
+    """Whether a section names an algorithm of this package's registry."""
+    return section.get("algorithm") in algorithms()
+
+
+__all__ = [
+    "DEFAULT_BITS",
+    "PLAIN_ALGORITHM",
+    "PLAIN_BITS",
+    "CompressionConfig",
+    "OverrideSection",
+    "Role",
+    "ScopeOverrides",
+    "Section",
+    "TensorSection",
+    "explain",
+    "is_plugin_section",
+    "json_schema",
+    "split_sections",
+]

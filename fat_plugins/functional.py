@@ -1,0 +1,237 @@
+"""Pure tensor functions shared by the algorithms. No state, no host, no synchronisation with the device.
+
+The two fake-quantization functions are single ``autograd.Function`` nodes with hand-derived backwards that keep only
+the input and the scale (the codes are recomputed). Their elementwise bodies are plain functions, so the same code runs
+eagerly or fused by ``torch.compile`` (see :func:`set_backend`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_BACKENDS = ("auto", "eager", "compile")
+_backend = os.environ.get("FAT_PLUGINS_BACKEND", "auto")
+_compiled: dict[Callable, Callable] = {}
+
+
+def set_backend(name: str) -> None:
+    """Choose how elementwise kernels run: ``"eager"``, ``"compile"`` or ``"auto"`` (compile on CUDA only).
+
+    :raises ValueError: unknown name.
+    """
+    global _backend
+    if name not in _BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; allowed: {', '.join(_BACKENDS)}")
+    _backend = name
+
+
+def get_backend() -> str:
+    """The backend in force (also settable by the environment variable ``FAT_PLUGINS_BACKEND``)."""
+    return _backend
+
+
+def _dispatch(fn: Callable, x: Tensor) -> Callable:
+    if _backend == "eager" or (_backend == "auto" and not x.is_cuda) or torch.jit.is_tracing():
+        return fn
+    if torch.compiler.is_compiling():  # already being fused by the caller's own torch.compile
+        return fn
+    if fn not in _compiled:
+        _compiled[fn] = torch.compile(fn, dynamic=True)
+    return _compiled[fn]
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Half precisions are computed in float32 (codes of a bf16 tensor would otherwise be rounded twice)."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# uniform grid
+# --------------------------------------------------------------------------------------------------------------------
+def uniform_codes(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """Integer codes (kept in a float dtype) ``round_half_even(clip(x / scale, low, high))``.
+
+    Shapes: ``x`` any, ``scale`` broadcastable to ``x``; the result has the shape of ``x``.
+    """
+    return torch.round((_wide(x) / scale).clamp(low, high))
+
+
+def _fq_forward(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    return (uniform_codes(x, scale, low, high) * scale).to(x.dtype)
+
+
+def _fq_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, low: int, high: int, clip_x: bool, residual: bool, inclusive: bool
+) -> tuple[Tensor, Tensor]:
+    g = _wide(grad)
+    r = _wide(x) / scale
+    if inclusive:
+        inside = (r >= low) & (r <= high)
+    else:
+        inside = (r > low) & (r < high)
+    clipped = r.clamp(low, high)
+    in_term = torch.round(clipped) - r if residual else torch.zeros_like(r)
+    grad_scale = g * torch.where(inside, in_term, clipped)
+    grad_x = torch.where(inside, g, torch.zeros_like(g)) if clip_x else g
+    return grad_x.to(grad.dtype), grad_scale
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, low, high, clip_x, residual, inclusive):
+        ctx.save_for_backward(x, scale)
+        ctx.args = (low, high, clip_x, residual, inclusive)
+        return _dispatch(_fq_forward, x)(x, scale, low, high)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, scale = ctx.saved_tensors
+        grad_x, grad_scale = _dispatch(_fq_backward, x)(grad, x, scale, *ctx.args)
+        return grad_x, grad_scale.sum_to_size(scale.shape).to(scale.dtype), None, None, None, None, None
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    low: int,
+    high: int,
+    *,
+    clip_x_grad: bool = True,
+    residual_scale_grad: bool = True,
+    inclusive: bool = True,
+) -> Tensor:
+    """``scale * round_half_even(clip(x / scale, low, high))`` with straight-through gradients.
+
+    :param x: tensor of any shape.
+    :param scale: step of the grid, broadcastable to ``x`` (one element, or one per channel).
+    :param low, high: integer bounds of the codes.
+    :param clip_x_grad: zero the gradient of ``x`` outside the clip band (LSQ, PACT); ``False`` passes it everywhere
+        (FAT weights, spec section 4).
+    :param residual_scale_grad: inside the band the gradient of the scale is the rounding residual ``code - x/scale``
+        (LSQ, FAT's CIFAR copy); ``False`` makes it 0 there (PACT, FAT's ImageNet copy).
+    :param inclusive: whether an ``x`` exactly on a bound counts as inside (FAT: yes, LSQ: no).
+    """
+    return _FakeQuantize.apply(x, scale, low, high, clip_x_grad, residual_scale_grad, inclusive)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# any set of levels
+# --------------------------------------------------------------------------------------------------------------------
+def level_index(x: Tensor, scale: Tensor, thresholds: Tensor) -> Tensor:
+    """Index of the level of ``x / scale``: the number of ``thresholds`` (ascending, 1-d) strictly below it."""
+    r = _wide(x) / scale
+    return torch.bucketize(r.contiguous(), thresholds.to(r.dtype))
+
+
+def _levels_forward(x: Tensor, scale: Tensor, levels: Tensor, thresholds: Tensor) -> Tensor:
+    return (levels[level_index(x, scale, thresholds)].to(scale.dtype) * scale).to(x.dtype)
+
+
+class _LevelQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, levels, thresholds, clip_x, residual):
+        ctx.save_for_backward(x, scale, levels, thresholds)
+        ctx.args = (clip_x, residual)
+        return _levels_forward(x, scale, levels, thresholds)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, scale, levels, thresholds = ctx.saved_tensors
+        clip_x, residual = ctx.args
+        g, r = _wide(grad), _wide(x) / scale
+        low, high = levels[0].to(r.dtype), levels[-1].to(r.dtype)
+        inside = (r >= low) & (r <= high)
+        q = levels[level_index(x, scale, thresholds)].to(r.dtype)
+        in_term = q - r if residual else torch.zeros_like(r)
+        grad_scale = g * torch.where(inside, in_term, q)
+        grad_x = torch.where(inside, g, torch.zeros_like(g)) if clip_x else g
+        return grad_x.to(grad.dtype), grad_scale.sum_to_size(scale.shape).to(scale.dtype), None, None, None, None
+
+
+def level_quantize(
+    x: Tensor,
+    scale: Tensor,
+    levels: Tensor,
+    thresholds: Tensor,
+    *,
+    clip_x_grad: bool = True,
+    residual_scale_grad: bool = True,
+) -> Tensor:
+    """``scale * levels[i]``, ``i`` = number of ``thresholds`` below ``x / scale``; straight-through gradients.
+
+    ``levels`` (ascending, L) and ``thresholds`` (ascending, L - 1) are in units of ``scale``. The options mean what
+    they mean in :func:`fake_quantize`; the clip band is ``[levels[0], levels[-1]]``, bounds included.
+    """
+    return _LevelQuantize.apply(x, scale, levels, thresholds, clip_x_grad, residual_scale_grad)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# small helpers
+# --------------------------------------------------------------------------------------------------------------------
+class _GradScale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None
+
+
+def grad_scale(x: Tensor, factor: float) -> Tensor:
+    """Identity whose gradient is multiplied by ``factor`` (LSQ's g, baselines spec section 4)."""
+    return _GradScale.apply(x, factor)
+
+
+def positive(x: Tensor, floor: float = 1e-5) -> Tensor:
+    """``max(x, floor)`` whose gradient is the identity, so that a clip pushed below the floor can come back."""
+    return x + (x.clamp_min(floor) - x).detach()
+
+
+def per_channel_view(x: Tensor, ndim: int, axis: int) -> Tensor:
+    """Reshape a vector of channels so that it broadcasts along ``axis`` of a tensor with ``ndim`` dimensions."""
+    if x.numel() == 1:
+        return x.reshape(())
+    shape = [1] * ndim
+    shape[axis] = x.numel()
+    return x.reshape(shape)
+
+
+def standardize(weight: Tensor, scale: bool = True) -> tuple[Tensor, Tensor]:
+    """``((W - mean) / std, std)`` over the whole tensor, unbiased std, both statistics without gradient.
+
+    FAT spec section 3, step 1. The paper's code has no guard; here a constant or one-element tensor, whose standard
+    deviation is zero or undefined, is divided by its largest magnitude instead (1 when it is all zero) and keeps its
+    mean, so that nothing becomes NaN (spec section 10.3).
+
+    :param scale: ``False`` subtracts the mean only (the authors' ``UniQuantConv2d``).
+    """
+    with torch.no_grad():
+        largest = weight.abs().max()
+        mean = weight.mean()
+        std = weight.std() if weight.numel() > 1 else torch.zeros_like(mean)
+        constant = std <= 1e-6 * largest
+        mean = torch.where(constant, torch.zeros_like(mean), mean)
+        bypass = torch.where(largest > 0, largest, torch.ones_like(largest))
+        std = torch.where(constant, bypass, std if scale else torch.ones_like(std))
+    return (weight - mean) / std, std
+
+
+def dft_gate(rows: Tensor, transform: Tensor) -> Tensor:
+    """FAT's frequency gate, spec section 3 steps 3 to 8: ``Re IDFT(sigmoid(T |F|) * F)``, ``F = DFT(rows)``.
+
+    The half spectrum of a real signal gives the same function and gradients as the full one (spec section 3, step 8).
+
+    :param rows: C x N, one standardised filter per row.
+    :param transform: C x C matrix ``T`` that mixes output channels at every frequency.
+    """
+    spectrum = torch.fft.rfft(rows, dim=1)
+    gate = torch.sigmoid(transform @ spectrum.abs())
+    return torch.fft.irfft(spectrum * gate, n=rows.shape[1], dim=1)

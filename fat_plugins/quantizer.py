@@ -1,0 +1,380 @@
+"""The quantizer interface: what an algorithm implements and all that a host adapter may rely on.
+
+A quantizer is an ``nn.Module`` for one tensor, a weight or an activation. It knows tensors and maths; it does not know
+which framework placed it, nor which target will run its codes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from fat_plugins.errors import QuantizationError
+from fat_plugins.forms import Form
+
+Role = Literal["weight", "activation"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a host tells a quantizer about its tensor. JSON types only (see :meth:`to_dict`).
+
+    :param role: ``"weight"`` or ``"activation"``.
+    :param bits: bit width, sign included.
+    :param name: layer name, for error messages and reports.
+    :param shape: shape of the weight; empty for activations, whose shape is not fixed.
+    :param channel_axis: output-channel axis of the weight (1 for transposed convolutions), channel axis of activations.
+    :param per_channel: ``None`` leaves the choice to the algorithm.
+    :param signed: activations only; ``None`` means that calibration decides.
+    :param followed_by_norm: a batch norm reads the output of the weight's layer (and absorbs its scale).
+    :param keep_zeros: exact zeros of the weight stay zero (a sparsity algorithm put them there).
+    """
+
+    role: Role
+    bits: int
+    name: str = ""
+    shape: tuple[int, ...] = ()
+    channel_axis: int = 0
+    per_channel: bool | None = None
+    signed: bool | None = None
+    followed_by_norm: bool = False
+    keep_zeros: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dictionary."""
+        return {**vars(self), "shape": list(self.shape)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> TensorSpec:
+        """Inverse of :meth:`to_dict`."""
+        return cls(**{**data, "shape": tuple(data.get("shape", ()))})
+
+
+@dataclass
+class Progress:
+    """Where training stands. Driven by the host's scheduler, saved with the checkpoint, never counted in forwards.
+
+    :param step: optimizer steps done.
+    :param epoch: epochs begun, counted from 0.
+    :param total_steps, total_epochs: planned, ``None`` when unknown.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    total_steps: int | None = None
+    total_epochs: int | None = None
+
+
+class FrozenTensor(NamedTuple):
+    """A weight after training: integer codes (int32, shape of the weight) and the form that reads them."""
+
+    codes: Tensor
+    form: Form
+
+
+class Params(BaseModel):
+    """Base of an algorithm's own options (the JSON section ``params``); unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Quantizer(nn.Module):
+    """Base of all quantizers. Subclass :class:`WeightQuantizer` or :class:`ActivationQuantizer`.
+
+    ``state_dict`` is complete: reloading it gives identical evaluation outputs. The buffer ``status`` carries
+    ``[layout version, calibrated, signed]``; Python mirrors of it spare the forward pass a device synchronisation.
+    """
+
+    role: ClassVar[Role]
+    #: layout version of the state dict; override :meth:`upgrade_state` when raising it
+    state_version: ClassVar[int] = 1
+
+    def __init__(self, spec: TensorSpec, params: Params) -> None:
+        super().__init__()
+        self.spec = spec
+        self.params = params
+        self.enabled = True
+        self._lr_multiplier: float | None = None
+        self.register_buffer("status", torch.tensor([self.state_version, 0, int(bool(spec.signed))]))
+        self._calibrated = False
+        self._signed = bool(spec.signed) if self.role == "activation" else True
+
+    # -- state -------------------------------------------------------------------------------------------------------
+    @property
+    def calibrated(self) -> bool:
+        """Whether the quantizer was initialised from data or from a checkpoint."""
+        return self._calibrated
+
+    @property
+    def signed(self) -> bool:
+        """Whether codes reach below zero."""
+        return self._signed
+
+    def _set_status(self, *, calibrated: bool | None = None, signed: bool | None = None) -> None:
+        if calibrated is not None:
+            self._calibrated = calibrated
+            self.status[1] = int(calibrated)
+        if signed is not None:
+            self._signed = signed
+            self.status[2] = int(signed)
+
+    def upgrade_state(self, state: dict[str, Tensor], prefix: str, version: int) -> None:
+        """Rewrite entries of an older layout in place (default: nothing to do)."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        status = state_dict.get(prefix + "status")
+        if status is not None:
+            version = int(status[0])
+            if version > self.state_version:
+                raise QuantizationError(
+                    f"{self.spec.name or 'quantizer'}: checkpoint layout {version} is newer than this package's "
+                    f"{self.state_version}; upgrade fat-plugins"
+                )
+            if version < self.state_version:
+                self.upgrade_state(state_dict, prefix, version)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if status is not None:
+            self.status[0] = self.state_version
+            self._calibrated, signed = bool(status[1]), bool(status[2])
+            if self.role == "activation":
+                self._signed = signed
+
+    # -- contract ----------------------------------------------------------------------------------------------------
+    def quantize(self, x: Tensor) -> Tensor:
+        """The algorithm's fake quantization of ``x`` (same shape): soft or stochastic when ``self.training`` if the
+        paper says so, the hard deployed function in evaluation. Differentiable by the paper's rule."""
+        raise NotImplementedError
+
+    def regularization(self) -> Tensor | None:
+        """The scalar loss term that the paper adds, or ``None``."""
+        return None
+
+    def on_progress(self, progress: Progress) -> None:
+        """Follow a schedule (temperature, delay, stage). Default: none."""
+
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Optimizer groups for the quantizer's own parameters, with the paper's learning rates and decays.
+
+        :param lr, weight_decay: base values of the run.
+        :return: groups as for ``torch.optim``; parameters that are not named follow the base group.
+        """
+        return []
+
+    def set_lr_multiplier(self, factor: float) -> None:
+        """Multiply the gradients of the quantizer's parameters (NNCF's ``compression_lr_multiplier``)."""
+        self._lr_multiplier = float(factor)
+        for p in self.parameters():
+            p.register_hook(lambda g, f=self._lr_multiplier: g * f)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Quantizer:
+        # torch drops gradient hooks when it copies a parameter: put ours back
+        clone = self.__class__.__new__(self.__class__)
+        memo[id(self)] = clone
+        clone.__dict__ = copy.deepcopy(self.__dict__, memo)
+        if self._lr_multiplier is not None:
+            clone.set_lr_multiplier(self._lr_multiplier)
+        return clone
+
+    def _refuse_nonfinite(self, x: Tensor, what: str) -> None:
+        if not bool(torch.isfinite(x).all()):
+            raise QuantizationError(f"{self.spec.name or self.role}: {what} holds NaN or infinite values")
+
+    def extra_repr(self) -> str:
+        return f"{self.spec.name or self.role}, bits={self.spec.bits}"
+
+
+class WeightQuantizer(Quantizer):
+    """Quantizer of one weight tensor of shape ``spec.shape``.
+
+    A subclass implements :meth:`quantize` and :meth:`freeze_codes`, and :meth:`calibrate` if it initialises from the
+    weight.
+    """
+
+    role = "weight"
+    #: set to True to receive :meth:`observe_input` during calibration or a stage
+    needs_input: ClassVar[bool] = False
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Quantized weight, same shape and dtype."""
+        if not self.enabled:
+            return weight
+        out = self.quantize(weight)
+        return torch.where(weight == 0, torch.zeros_like(out), out) if self.spec.keep_zeros else out
+
+    def calibrate(self, weight: Tensor) -> None:
+        """Initialise from the float weight, once.
+
+        :raises QuantizationError: the weight is empty or holds NaN or infinite values.
+        """
+        if weight.numel() == 0:
+            raise QuantizationError(f"{self.spec.name or 'weight'}: cannot quantize an empty tensor")
+        self._refuse_nonfinite(weight, "weight")
+        with torch.no_grad():
+            self.init_from_weight(weight.detach())
+        self._set_status(calibrated=True)
+
+    def init_from_weight(self, weight: Tensor) -> None:
+        """Algorithm's own initialisation; default: nothing depends on the weight."""
+
+    def observe_input(self, x: Tensor) -> None:
+        """Receives the input of the weight's layer, when :attr:`needs_input`."""
+
+    def freeze_codes(self, weight: Tensor) -> FrozenTensor:
+        """Codes and form of the evaluation forward of ``weight`` (without the zeros rule)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def freeze(self, weight: Tensor) -> FrozenTensor:
+        """Integer codes and form; ``form.decode(codes)`` equals the evaluation forward bit for bit.
+
+        :raises QuantizationError: the weight holds NaN or infinite values, or the form has no zero that
+            ``keep_zeros`` needs.
+        """
+        self._refuse_nonfinite(weight, "weight")
+        frozen = self.freeze_codes(weight.detach())
+        if self.spec.keep_zeros:
+            zero = frozen.form.encode(torch.zeros_like(weight))
+            if bool(frozen.form.integers(zero).any()):
+                raise QuantizationError(f"{self.spec.name}: the grid has no zero, so sparsity cannot be kept")
+            frozen = FrozenTensor(torch.where(weight == 0, zero, frozen.codes), frozen.form)
+        return frozen
+
+
+class ActivationQuantizer(Quantizer):
+    """Quantizer of one activation tensor. The identity until it is calibrated.
+
+    A subclass implements :meth:`quantize`, :meth:`form`, and :meth:`init_from_batch` and/or :meth:`init_from_range`.
+    """
+
+    role = "activation"
+    #: what initialises it best: a range that the host collected by its own settings, or batches of data
+    calibration: ClassVar[Literal["range", "data"]] = "range"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantized activation, same shape and dtype."""
+        if not self.enabled or not self._calibrated:
+            return x
+        return self.quantize(x)
+
+    def calibrate(self, x: Tensor) -> None:
+        """Initialise from a batch; may be called several times, each batch refines.
+
+        :raises QuantizationError: the batch is empty or holds NaN or infinite values.
+        """
+        if x.numel() == 0:
+            raise QuantizationError(f"{self.spec.name or 'activation'}: cannot calibrate on an empty tensor")
+        self._refuse_nonfinite(x, "calibration batch")
+        x = x.detach().float()
+        first = not self._calibrated
+        with torch.no_grad():
+            # a value below zero in any batch makes it signed; known signedness (spec.signed) is kept
+            signed = self._decide_sign(float(x.min()), first)
+            self.init_from_batch(x, first)
+        self._set_status(calibrated=True, signed=signed)
+
+    def calibrate_range(self, low: float, high: float) -> None:
+        """Initialise from a range that the host collected with its own range initialisers.
+
+        :raises QuantizationError: the range is not finite.
+        """
+        low, high = float(low), float(high)
+        if not (abs(low) < float("inf") and abs(high) < float("inf")):
+            raise QuantizationError(f"{self.spec.name or 'activation'}: range [{low}, {high}] is not finite")
+        with torch.no_grad():
+            signed = self._decide_sign(low, True)
+            self.init_from_range(low, high)
+        self._set_status(calibrated=True, signed=signed)
+
+    def _decide_sign(self, low: float, first: bool) -> bool:
+        signed = bool(self.spec.signed) if self.spec.signed is not None else (low < 0 or (self._signed and not first))
+        self._set_status(signed=signed)
+        return signed
+
+    def init_from_batch(self, x: Tensor, first: bool) -> None:
+        """Algorithm's own initialisation from a float32 batch; default: its extreme values as a range."""
+        self.init_from_range(float(x.min()), float(x.max()))
+
+    def init_from_range(self, low: float, high: float) -> None:
+        """Algorithm's own initialisation from a range."""
+        raise NotImplementedError
+
+    def form(self) -> Form:
+        """The deployed form; ``form.decode(form.encode(x))`` equals the evaluation forward bit for bit."""
+        raise NotImplementedError
+
+
+class Coordinator(nn.Module):
+    """For methods that act on the whole network (stages, coupled losses, one bit budget). Host-agnostic.
+
+    An adapter builds it with the quantizers in execution order and drives it like a quantizer.
+    """
+
+    def __init__(self, layers: list[LayerQuantizers]) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def on_progress(self, progress: Progress) -> None:
+        """Follow the schedule of the whole network; may freeze and thaw parameters."""
+
+    def regularization(self) -> Tensor | None:
+        """A scalar loss term over several layers, or ``None``."""
+        return None
+
+
+@dataclass
+class LayerQuantizers:
+    """One layer as a coordinator sees it."""
+
+    name: str
+    weight: WeightQuantizer | None = None
+    input_activation: ActivationQuantizer | None = None
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+
+
+def named_quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    """Every quantizer inside ``model`` with its module path, each one once, whatever host placed it."""
+    for name, module in model.named_modules():
+        if isinstance(module, Quantizer):
+            yield name, module
+
+
+def regularization(model: nn.Module) -> Tensor | None:
+    """Sum of the regularisation terms of all quantizers, or ``None`` when there is none."""
+    terms = [t for _, q in named_quantizers(model) if q.enabled and (t := q.regularization()) is not None]
+    return torch.stack([t.reshape(()) for t in terms]).sum() if terms else None
+
+
+def set_progress(model: nn.Module, progress: Progress) -> None:
+    """Tell every quantizer where training stands."""
+    for _, quantizer in named_quantizers(model):
+        quantizer.on_progress(progress)
+
+
+def param_groups(
+    model: nn.Module, lr: float, weight_decay: float = 0.0, *, keep: Callable[[nn.Parameter], bool] | None = None
+) -> list[dict[str, Any]]:
+    """Optimizer groups of a model with quantizers: the base group, then what each algorithm asks for.
+
+    :param lr, weight_decay: base values.
+    :param keep: leave out parameters for which it returns ``False`` (default: those without gradient).
+    :return: groups for ``torch.optim.*``; groups with equal options are merged; every parameter stands in one group.
+    """
+    keep = keep or (lambda p: p.requires_grad)
+    taken: set[int] = set()
+    merged: dict[tuple, dict[str, Any]] = {}
+    for _, quantizer in named_quantizers(model):
+        for group in quantizer.param_groups(lr, weight_decay):
+            options = {k: v for k, v in group.items() if k != "params"}
+            params = [p for p in group["params"] if keep(p) and id(p) not in taken]
+            taken.update(id(p) for p in params)
+            if params:
+                key = tuple(sorted(options.items()))
+                merged.setdefault(key, {"params": [], **options})["params"].extend(params)
+    rest = [p for p in model.parameters() if keep(p) and id(p) not in taken]
+    return [{"params": rest, "lr": lr, "weight_decay": weight_decay}, *merged.values()]
