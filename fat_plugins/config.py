@@ -8,11 +8,12 @@ quantizer with :meth:`CompressionConfig.resolve`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, field_validator
 
-from fat_plugins.errors import ConfigError, nearest, unknown
+from fat_plugins.errors import ConfigError, unknown
+from fat_plugins.explain import Expected, explain
 from fat_plugins.quantizer import Role, TensorSpec
 from fat_plugins.registry import Algorithm, algorithms, get_algorithm
 
@@ -20,41 +21,17 @@ from fat_plugins.registry import Algorithm, algorithms, get_algorithm
 PLAIN_ALGORITHM = "minmax"
 DEFAULT_BITS = 4
 PLAIN_BITS = 8
+INITIALIZERS = ("range", "batchnorm_adaptation", "precision")
 
 
 class Section(BaseModel):
     """Base of all configuration sections: unknown keys are errors, types are not guessed."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def explain(error: ValidationError, model: type[BaseModel], where: str = "") -> str:
-    """One line for a pydantic error: the key's path, the value, what is allowed, the nearest valid key."""
-    first = error.errors()[0]
-    path = ".".join(str(p) for p in ([where] if where else []) + list(first["loc"]))
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        fields = _fields_at(model, first["loc"][:-1])
-        allowed = f"; allowed: {', '.join(sorted(fields))}" if fields else ""
-        return f"{path}: unknown key{allowed}{nearest(first['loc'][-1], fields)}{more}"
-    value = "" if first["type"] == "missing" else f", got {first['input']!r}"
-    return f"{path}: {first['msg'].removeprefix('Value error, ')}{value}{more}"
-
-
-def _fields_at(model: type[BaseModel], loc: tuple) -> list[str]:
-    """Names of the keys of the (sub)model that an error location points into."""
-    current: Any = model
-    for part in loc:
-        field = getattr(current, "model_fields", {}).get(part)
-        if field is None:
-            continue
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        nested = [a for c in candidates for a in (c, *getattr(c, "__args__", ()))]
-        current = next((c for c in nested if isinstance(c, type) and issubclass(c, BaseModel)), current)
-    return [f.alias or n for n, f in getattr(current, "model_fields", {}).items()]
-
-
-Bits = StrictInt
+Bits = Annotated[StrictInt, Expected("a bit width (an integer)")]
+Scopes = list[str] | str | None
 
 
 class OverrideSection(Section):
@@ -71,8 +48,8 @@ class OverrideSection(Section):
 class TensorSection(OverrideSection):
     """The ``weights`` or ``activations`` section."""
 
-    ignored_scopes: list[str] | str | None = Field(None, description="Scopes that are left out.")
-    target_scopes: list[str] | str | None = Field(None, description="Only these scopes are quantized.")
+    ignored_scopes: Scopes = Field(None, description="Scopes that are left out.")
+    target_scopes: Scopes = Field(None, description="Only these scopes are quantized.")
     unified_scale_ops: list[list[str]] | None = Field(None, description="NNCF: groups that share one scale.")
 
 
@@ -83,7 +60,7 @@ class ScopeOverrides(Section):
     activations: dict[str, OverrideSection] = Field(default_factory=dict)
 
 
-EdgeLayer = StrictInt | Literal["float", "same"]
+EdgeLayer = Annotated[StrictInt, Expected("a bit width")] | Literal["float", "same"]
 
 
 class CompressionConfig(Section):
@@ -99,12 +76,12 @@ class CompressionConfig(Section):
         f"'{PLAIN_ALGORITHM}'), 'float', or 'same' as the rest.",
     )
     last_layer: EdgeLayer = Field(PLAIN_BITS, description="Layers that no other weighted layer reads: as first_layer.")
-    ignored_scopes: list[str] | str | None = Field(None, description="Scopes that are left out.")
-    target_scopes: list[str] | str | None = Field(None, description="Only these scopes are quantized.")
+    ignored_scopes: Scopes = Field(None, description="Scopes that are left out.")
+    target_scopes: Scopes = Field(None, description="Only these scopes are quantized.")
     scope_overrides: ScopeOverrides = Field(default_factory=ScopeOverrides)
     initializer: dict[str, Any] = Field(default_factory=dict, description="NNCF's range and batchnorm_adaptation.")
-    compression_lr_multiplier: StrictFloat | StrictInt | None = Field(
-        None, description="Factor on the gradients of the quantizers' own parameters."
+    compression_lr_multiplier: float | None = Field(
+        None, ge=0, description="Factor on the gradients of the quantizers' own parameters."
     )
     preset: Literal["performance", "mixed"] | None = Field(None, description="NNCF's placement preset.")
     quantize_inputs: StrictBool = Field(True, description="Quantize the network's input.")
@@ -119,6 +96,14 @@ class CompressionConfig(Section):
     def _known(cls, value: str) -> str:
         if value not in algorithms():
             raise ValueError(unknown("algorithm", value, algorithms()))
+        return value
+
+    @field_validator("initializer")
+    @classmethod
+    def _known_initializers(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in value:
+            if key not in INITIALIZERS:
+                raise ValueError(unknown("initializer", key, INITIALIZERS))
         return value
 
     @classmethod
@@ -143,34 +128,41 @@ class CompressionConfig(Section):
             overrides = getattr(self.scope_overrides, group)
             entries = [(f"{where}.{group}", section)]
             entries += [(f"{where}.scope_overrides.{group}[{scope!r}]", o) for scope, o in overrides.items()]
+            if role == "weight" and section.unified_scale_ops is not None:
+                raise ConfigError(f"{where}.weights.unified_scale_ops: only activations share scales")
             for place, entry in entries:
-                algorithm, bits, per_channel, _, params = self._merge(section, entry)
+                if role == "weight" and entry.signed is not None:
+                    raise ConfigError(f"{place}.signed: weights are always signed; only activations have this key")
+                algorithm, bits, per_channel, _, params = self._merge(section, [entry])
                 if algorithm not in algorithms():
                     raise ConfigError(f"{place}.algorithm: {unknown('algorithm', algorithm, algorithms())}")
                 kind = get_algorithm(algorithm)
-                kind.parse_params(params, f"{place}.params")
-                kind.check(TensorSpec(role, bits, name=place, per_channel=per_channel))
+                parsed = kind.parse_params(params, f"{place}.params")
+                kind.check(TensorSpec(role, bits, name=place, per_channel=per_channel), parsed)
         for key in ("first_layer", "last_layer"):
             bits = getattr(self, key)
             if isinstance(bits, int):
                 for role in ("weight", "activation"):
                     get_algorithm(PLAIN_ALGORITHM).check(TensorSpec(role, bits, name=f"{where}.{key}"))
 
-    def _merge(self, section: TensorSection, override: OverrideSection | None):
-        """Effective (algorithm, bits, per_channel, signed, params) of a group section and one override."""
-        override = override or section
-        algorithm = override.algorithm or section.algorithm or self.algorithm
+    def _merge(self, section: TensorSection, overrides: list[OverrideSection]):
+        """Effective (algorithm, bits, per_channel, signed, params) of a group section and the overrides that match.
+
+        A later override wins over an earlier one, key by key, as in NNCF.
+        """
+        layers = [section, *overrides]
+
+        def pick(name, default=None):
+            return next((v for layer in reversed(layers) if (v := getattr(layer, name)) is not None), default)
+
+        algorithm = pick("algorithm", self.algorithm)
         params = dict(self.params) if algorithm == self.algorithm else {}
-        if section.params and algorithm == (section.algorithm or self.algorithm):
-            params.update(section.params)
-        params.update(override.params or {})
-
-        def pick(name):
-            value = getattr(override, name)
-            return getattr(section, name) if value is None else value
-
-        bits = pick("bits")
-        return algorithm, DEFAULT_BITS if bits is None else bits, pick("per_channel"), pick("signed"), params
+        current = self.algorithm
+        for layer in layers:  # params belong to the algorithm that is in force where they stand
+            current = layer.algorithm or current
+            if current == algorithm:
+                params.update(layer.params or {})
+        return algorithm, pick("bits", DEFAULT_BITS), pick("per_channel"), pick("signed"), params
 
     def resolve(
         self, spec: TensorSpec, matches: Callable[[str], bool], edge: Literal["first", "last", "plain"] | None = None
@@ -186,9 +178,9 @@ class CompressionConfig(Section):
         group = "weights" if spec.role == "weight" else "activations"
         section: TensorSection = getattr(self, group)
         overrides = getattr(self.scope_overrides, group)
-        override = next((o for scope, o in overrides.items() if matches(scope)), None)
-        algorithm, bits, per_channel, signed, params = self._merge(section, override)
-        if override is None and edge is not None:
+        matching = [o for scope, o in overrides.items() if matches(scope)]
+        algorithm, bits, per_channel, signed, params = self._merge(section, matching)
+        if not matching and edge is not None:
             policy: int | str = PLAIN_BITS if edge == "plain" else getattr(self, f"{edge}_layer")
             if policy == "float":
                 return None
@@ -198,7 +190,8 @@ class CompressionConfig(Section):
         if spec.role == "activation" and signed is not None:
             values["signed"] = signed
         done = TensorSpec(**values)
-        get_algorithm(algorithm).check(done)
+        kind = get_algorithm(algorithm)
+        kind.check(done, kind.parse_params(params, f"{spec.name or group}: params"))
         return algorithm, done, params
 
 

@@ -12,12 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fat_plugins.errors import ConfigError
+from fat_plugins.errors import ConfigError, QuantizationError
 from fat_plugins.functional import level_index, per_channel_view, uniform_codes
 
 
 def _scale_view(form: UniformGrid | Codebook | Staircase, ndim: int) -> Tensor:
     return per_channel_view(form.scale, ndim, form.channel_axis)
+
+
+def _refuse_nan(x: Tensor) -> None:
+    tracing = torch.jit.is_tracing() or torch.compiler.is_compiling()  # a graph cannot branch on data
+    if not tracing and bool(torch.isnan(x).any()):
+        raise QuantizationError("cannot encode a tensor that holds NaN values")
 
 
 def _check_scale(scale: Tensor) -> None:
@@ -56,7 +62,11 @@ class UniformGrid:
         return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1 - int(self.narrow)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Integer codes (int32) of ``x``, same shape."""
+        """Integer codes (int32) of ``x``, same shape.
+
+        :raises QuantizationError: ``x`` holds NaN, which has no code.
+        """
+        _refuse_nan(x)
         return uniform_codes(x, _scale_view(self, x.ndim), self.low, self.high).to(torch.int32)
 
     def integers(self, codes: Tensor) -> Tensor:
@@ -101,7 +111,8 @@ class Codebook:
         return (levels[1:] + levels[:-1]) / 2
 
     def encode(self, x: Tensor) -> Tensor:
-        """Indices (int32) of the nearest levels of ``x``, same shape."""
+        """Indices (int32) of the nearest levels of ``x``, same shape; NaN is refused as in :class:`UniformGrid`."""
+        _refuse_nan(x)
         return level_index(x, _scale_view(self, x.ndim), self.thresholds).to(torch.int32)
 
     def integers(self, codes: Tensor) -> Tensor:
@@ -138,7 +149,8 @@ class Staircase:
             raise ConfigError("a staircase needs one ascending threshold between each two levels")
 
     def encode(self, x: Tensor) -> Tensor:
-        """Indices (int32) of the levels of ``x``, same shape."""
+        """Indices (int32) of the levels of ``x``, same shape; NaN is refused as in :class:`UniformGrid`."""
+        _refuse_nan(x)
         return level_index(x, _scale_view(self, x.ndim), self.thresholds).to(torch.int32)
 
     def integers(self, codes: Tensor) -> Tensor:
@@ -192,5 +204,7 @@ def form_from_dict(data: dict[str, Any]) -> Form:
     dtypes = {"scale": torch.float32, "levels": torch.int64, "thresholds": torch.float64}
     try:
         return _KINDS[kind](**{k: torch.tensor(v, dtype=dtypes[k]) if k in dtypes else v for k, v in data.items()})
-    except TypeError as error:
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"deployed form {kind!r}: {error}") from None

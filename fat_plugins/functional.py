@@ -13,25 +13,33 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fat_plugins.errors import ConfigError, unknown
+
 _BACKENDS = ("auto", "eager", "compile")
-_backend = os.environ.get("FAT_PLUGINS_BACKEND", "auto")
+_compiler = "inductor"
 _compiled: dict[Callable, Callable] = {}
 
 
-def set_backend(name: str) -> None:
+def set_backend(name: str, compiler: str = "inductor") -> None:
     """Choose how elementwise kernels run: ``"eager"``, ``"compile"`` or ``"auto"`` (compile on CUDA only).
 
-    :raises ValueError: unknown name.
+    :param compiler: the backend that ``torch.compile`` uses, for machines on which its default cannot build code.
+    :raises ConfigError: unknown name.
     """
-    global _backend
+    global _backend, _compiler
     if name not in _BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; allowed: {', '.join(_BACKENDS)}")
-    _backend = name
+        raise ConfigError(unknown("backend", name, _BACKENDS))
+    if compiler != _compiler:
+        _compiled.clear()
+    _backend, _compiler = name, compiler
 
 
 def get_backend() -> str:
     """The backend in force (also settable by the environment variable ``FAT_PLUGINS_BACKEND``)."""
     return _backend
+
+
+set_backend(os.environ.get("FAT_PLUGINS_BACKEND", "auto"))
 
 
 def _dispatch(fn: Callable, x: Tensor) -> Callable:
@@ -40,11 +48,11 @@ def _dispatch(fn: Callable, x: Tensor) -> Callable:
     if torch.compiler.is_compiling():  # already being fused by the caller's own torch.compile
         return fn
     if fn not in _compiled:
-        _compiled[fn] = torch.compile(fn, dynamic=True)
+        _compiled[fn] = torch.compile(fn, dynamic=True, backend=_compiler)
     return _compiled[fn]
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """Half precisions are computed in float32 (codes of a bf16 tensor would otherwise be rounded twice)."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
@@ -57,7 +65,7 @@ def uniform_codes(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
 
     Shapes: ``x`` any, ``scale`` broadcastable to ``x``; the result has the shape of ``x``.
     """
-    return torch.round((_wide(x) / scale).clamp(low, high))
+    return torch.round((wide(x) / scale).clamp(low, high))
 
 
 def _fq_forward(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
@@ -67,8 +75,8 @@ def _fq_forward(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
 def _fq_backward(
     grad: Tensor, x: Tensor, scale: Tensor, low: int, high: int, clip_x: bool, residual: bool, inclusive: bool
 ) -> tuple[Tensor, Tensor]:
-    g = _wide(grad)
-    r = _wide(x) / scale
+    g = wide(grad)
+    r = wide(x) / scale
     if inclusive:
         inside = (r >= low) & (r <= high)
     else:
@@ -77,7 +85,18 @@ def _fq_backward(
     in_term = torch.round(clipped) - r if residual else torch.zeros_like(r)
     grad_scale = g * torch.where(inside, in_term, clipped)
     grad_x = torch.where(inside, g, torch.zeros_like(g)) if clip_x else g
-    return grad_x.to(grad.dtype), grad_scale
+    return grad_x.to(x.dtype), grad_scale
+
+
+def _fq_backward_x(
+    grad: Tensor, x: Tensor, scale: Tensor, low: int, high: int, clip_x: bool, residual: bool, inclusive: bool
+) -> Tensor:
+    """The gradient of ``x`` alone, for scales that nothing learns."""
+    if not clip_x:
+        return grad
+    r = wide(x) / scale
+    inside = ((r >= low) & (r <= high)) if inclusive else ((r > low) & (r < high))
+    return torch.where(inside, grad, torch.zeros_like(grad))
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -91,6 +110,8 @@ class _FakeQuantize(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, scale = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:
+            return _dispatch(_fq_backward_x, x)(grad, x, scale, *ctx.args), None, None, None, None, None, None
         grad_x, grad_scale = _dispatch(_fq_backward, x)(grad, x, scale, *ctx.args)
         return grad_x, grad_scale.sum_to_size(scale.shape).to(scale.dtype), None, None, None, None, None
 
@@ -123,13 +144,30 @@ def fake_quantize(
 # any set of levels
 # --------------------------------------------------------------------------------------------------------------------
 def level_index(x: Tensor, scale: Tensor, thresholds: Tensor) -> Tensor:
-    """Index of the level of ``x / scale``: the number of ``thresholds`` (ascending, 1-d) strictly below it."""
-    r = _wide(x) / scale
+    """Index of the level of ``x / scale``: the number of ``thresholds`` (ascending, 1-d) strictly below it.
+
+    NaN takes the last level.
+    """
+    r = wide(x) / scale
     return torch.bucketize(r.contiguous(), thresholds.to(r.dtype))
 
 
 def _levels_forward(x: Tensor, scale: Tensor, levels: Tensor, thresholds: Tensor) -> Tensor:
-    return (levels[level_index(x, scale, thresholds)].to(scale.dtype) * scale).to(x.dtype)
+    values = levels[level_index(x, scale, thresholds)].to(scale.dtype) * scale
+    # NaN must stay visible, as it does on a uniform grid
+    return torch.where(torch.isnan(x), x, values.to(x.dtype))
+
+
+def _levels_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, levels: Tensor, thresholds: Tensor, clip_x: bool, residual: bool
+) -> tuple[Tensor, Tensor]:
+    g, r = wide(grad), wide(x) / scale
+    inside = (r >= levels[0].to(r.dtype)) & (r <= levels[-1].to(r.dtype))
+    q = levels[level_index(x, scale, thresholds)].to(r.dtype)
+    in_term = q - r if residual else torch.zeros_like(r)
+    grad_scale = g * torch.where(inside, in_term, q)
+    grad_x = torch.where(inside, g, torch.zeros_like(g)) if clip_x else g
+    return grad_x.to(x.dtype), grad_scale
 
 
 class _LevelQuantize(torch.autograd.Function):
@@ -137,21 +175,14 @@ class _LevelQuantize(torch.autograd.Function):
     def forward(ctx, x, scale, levels, thresholds, clip_x, residual):
         ctx.save_for_backward(x, scale, levels, thresholds)
         ctx.args = (clip_x, residual)
-        return _levels_forward(x, scale, levels, thresholds)
+        return _dispatch(_levels_forward, x)(x, scale, levels, thresholds)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, scale, levels, thresholds = ctx.saved_tensors
-        clip_x, residual = ctx.args
-        g, r = _wide(grad), _wide(x) / scale
-        low, high = levels[0].to(r.dtype), levels[-1].to(r.dtype)
-        inside = (r >= low) & (r <= high)
-        q = levels[level_index(x, scale, thresholds)].to(r.dtype)
-        in_term = q - r if residual else torch.zeros_like(r)
-        grad_scale = g * torch.where(inside, in_term, q)
-        grad_x = torch.where(inside, g, torch.zeros_like(g)) if clip_x else g
-        return grad_x.to(grad.dtype), grad_scale.sum_to_size(scale.shape).to(scale.dtype), None, None, None, None
+        grad_x, grad_scale = _dispatch(_levels_backward, x)(grad, x, scale, levels, thresholds, *ctx.args)
+        return grad_x, grad_scale.sum_to_size(scale.shape).to(scale.dtype), None, None, None, None
 
 
 def level_quantize(
@@ -190,9 +221,35 @@ def grad_scale(x: Tensor, factor: float) -> Tensor:
     return _GradScale.apply(x, factor)
 
 
+class _Positive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, floor):
+        return x.clamp_min(floor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
 def positive(x: Tensor, floor: float = 1e-5) -> Tensor:
     """``max(x, floor)`` whose gradient is the identity, so that a clip pushed below the floor can come back."""
-    return x + (x.clamp_min(floor) - x).detach()
+    return _Positive.apply(x, floor)
+
+
+class _KeepZeros(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out, x):
+        return out.masked_fill(x == 0, 0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def keep_zeros(out: Tensor, x: Tensor) -> Tensor:
+    """``out`` with zeros where ``x`` is exactly 0. The gradient of ``out`` is the identity everywhere, so that a
+    learned sparsity mask still sees the weights that it has switched off."""
+    return _KeepZeros.apply(out, x)
 
 
 def per_channel_view(x: Tensor, ndim: int, axis: int) -> Tensor:
@@ -215,13 +272,18 @@ def standardize(weight: Tensor, scale: bool = True) -> tuple[Tensor, Tensor]:
     """
     with torch.no_grad():
         largest = weight.abs().max()
-        mean = weight.mean()
-        std = weight.std() if weight.numel() > 1 else torch.zeros_like(mean)
+        # a power of two: the statistics of huge and of tiny weights neither overflow nor vanish, all others are exact
+        safe = torch.where(largest > 0, largest, torch.ones_like(largest))
+        unit = torch.exp2(torch.floor(torch.log2(safe)).clamp_min(-100))
+        scaled = weight / unit
+        mean = scaled.mean()
+        std = scaled.std() if weight.numel() > 1 else torch.zeros_like(mean)
+        largest = largest / unit
         constant = std <= 1e-6 * largest
         mean = torch.where(constant, torch.zeros_like(mean), mean)
         bypass = torch.where(largest > 0, largest, torch.ones_like(largest))
-        std = torch.where(constant, bypass, std if scale else torch.ones_like(std))
-    return (weight - mean) / std, std
+        std = torch.where(constant, bypass, std if scale else 1 / unit)
+    return (weight / unit - mean) / std, std * unit
 
 
 def dft_gate(rows: Tensor, transform: Tensor) -> Tensor:

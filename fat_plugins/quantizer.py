@@ -6,7 +6,6 @@ which framework placed it, nor which target will run its codes.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -15,8 +14,9 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from fat_plugins.errors import QuantizationError
+from fat_plugins.errors import CheckpointError, QuantizationError
 from fat_plugins.forms import Form
+from fat_plugins.functional import keep_zeros
 
 Role = Literal["weight", "activation"]
 
@@ -81,7 +81,7 @@ class FrozenTensor(NamedTuple):
 class Params(BaseModel):
     """Base of an algorithm's own options (the JSON section ``params``); unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Quantizer(nn.Module):
@@ -101,6 +101,7 @@ class Quantizer(nn.Module):
         self.params = params
         self.enabled = True
         self._lr_multiplier: float | None = None
+        self._lr_hooks: list[Any] = []
         self.register_buffer("status", torch.tensor([self.state_version, 0, int(bool(spec.signed))]))
         self._calibrated = False
         self._signed = bool(spec.signed) if self.role == "activation" else True
@@ -130,9 +131,14 @@ class Quantizer(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         status = state_dict.get(prefix + "status")
         if status is not None:
+            if status.numel() != self.status.numel():
+                raise CheckpointError(
+                    f"{prefix}status: expected {self.status.numel()} numbers (layout, calibrated, signed), "
+                    f"got shape {tuple(status.shape)}; this is not a checkpoint of a fat-plugins quantizer"
+                )
             version = int(status[0])
             if version > self.state_version:
-                raise QuantizationError(
+                raise CheckpointError(
                     f"{self.spec.name or 'quantizer'}: checkpoint layout {version} is newer than this package's "
                     f"{self.state_version}; upgrade fat-plugins"
                 )
@@ -144,6 +150,8 @@ class Quantizer(nn.Module):
             self._calibrated, signed = bool(status[1]), bool(status[2])
             if self.role == "activation":
                 self._signed = signed
+        if self._lr_multiplier is not None:  # load_state_dict(assign=True) brings new parameters
+            self.set_lr_multiplier(self._lr_multiplier)
 
     # -- contract ----------------------------------------------------------------------------------------------------
     def quantize(self, x: Tensor) -> Tensor:
@@ -167,19 +175,25 @@ class Quantizer(nn.Module):
         return []
 
     def set_lr_multiplier(self, factor: float) -> None:
-        """Multiply the gradients of the quantizer's parameters (NNCF's ``compression_lr_multiplier``)."""
-        self._lr_multiplier = float(factor)
-        for p in self.parameters():
-            p.register_hook(lambda g, f=self._lr_multiplier: g * f)
+        """Multiply the gradients of the quantizer's parameters (NNCF's ``compression_lr_multiplier``).
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Quantizer:
-        # torch drops gradient hooks when it copies a parameter: put ours back
-        clone = self.__class__.__new__(self.__class__)
-        memo[id(self)] = clone
-        clone.__dict__ = copy.deepcopy(self.__dict__, memo)
+        A second call replaces the factor of the first.
+        """
+        for handle in self._lr_hooks:
+            handle.remove()
+        self._lr_multiplier = float(factor)
+        self._lr_hooks = [
+            p.register_hook(lambda g, f=self._lr_multiplier: g * f) for p in self.parameters() if p.requires_grad
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lr_hooks": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # torch drops gradient hooks when it copies or unpickles a parameter: put ours back
+        super().__setstate__(state)
         if self._lr_multiplier is not None:
-            clone.set_lr_multiplier(self._lr_multiplier)
-        return clone
+            self.set_lr_multiplier(self._lr_multiplier)
 
     def _refuse_nonfinite(self, x: Tensor, what: str) -> None:
         if not bool(torch.isfinite(x).all()):
@@ -200,12 +214,25 @@ class WeightQuantizer(Quantizer):
     #: set to True to receive :meth:`observe_input` during calibration or a stage
     needs_input: ClassVar[bool] = False
 
+    def __init__(self, spec: TensorSpec, params: Params) -> None:
+        where = spec.name or "weight"
+        if not spec.shape or 0 in spec.shape:
+            raise QuantizationError(f"{where}: cannot quantize an empty tensor (shape {list(spec.shape)})")
+        if not 0 <= spec.channel_axis < len(spec.shape):
+            raise QuantizationError(
+                f"{where}: channel axis {spec.channel_axis} is outside a weight of shape {list(spec.shape)}"
+            )
+        super().__init__(spec, params)
+
     def forward(self, weight: Tensor) -> Tensor:
-        """Quantized weight, same shape and dtype."""
+        """Quantized weight, same shape and dtype.
+
+        NaN and infinity are not looked for here (that would stall the device): NaN comes out as NaN.
+        """
         if not self.enabled:
             return weight
         out = self.quantize(weight)
-        return torch.where(weight == 0, torch.zeros_like(out), out) if self.spec.keep_zeros else out
+        return keep_zeros(out, weight) if self.spec.keep_zeros else out
 
     def calibrate(self, weight: Tensor) -> None:
         """Initialise from the float weight, once.
@@ -257,7 +284,7 @@ class ActivationQuantizer(Quantizer):
     calibration: ClassVar[Literal["range", "data"]] = "range"
 
     def forward(self, x: Tensor) -> Tensor:
-        """Quantized activation, same shape and dtype."""
+        """Quantized activation, same shape and dtype. NaN comes out as NaN, infinity as the end of the grid."""
         if not self.enabled or not self._calibrated:
             return x
         return self.quantize(x)
@@ -275,7 +302,7 @@ class ActivationQuantizer(Quantizer):
         with torch.no_grad():
             # a value below zero in any batch makes it signed; known signedness (spec.signed) is kept
             signed = self._decide_sign(float(x.min()), first)
-            self.init_from_batch(x, first)
+            self.init_from_batch(x if signed else x.clamp_min(0), first)
         self._set_status(calibrated=True, signed=signed)
 
     def calibrate_range(self, low: float, high: float) -> None:
@@ -288,7 +315,8 @@ class ActivationQuantizer(Quantizer):
             raise QuantizationError(f"{self.spec.name or 'activation'}: range [{low}, {high}] is not finite")
         with torch.no_grad():
             signed = self._decide_sign(low, True)
-            self.init_from_range(low, high)
+            # what an unsigned grid cannot reach must not widen it
+            self.init_from_range(*((low, high) if signed else (max(low, 0.0), max(high, 0.0))))
         self._set_status(calibrated=True, signed=signed)
 
     def _decide_sign(self, low: float, first: bool) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+import warnings
+from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
 from pydantic import ValidationError
 
 from fat_plugins.errors import ConfigError, unknown
+from fat_plugins.explain import explain
 from fat_plugins.quantizer import ActivationQuantizer, Coordinator, LayerQuantizers, Params, TensorSpec, WeightQuantizer
 
 GROUP = "fat_plugins.algorithms"
@@ -33,7 +35,7 @@ class Algorithm:
     activation_quantizer: ClassVar[type[ActivationQuantizer] | None] = None
     weight_bits: ClassVar[tuple[int, int]] = (2, 8)
     activation_bits: ClassVar[tuple[int, int]] = (2, 8)
-    #: why widths outside are refused, said in the error
+    #: why widths below the lowest are refused, said in the error
     bits_reason: ClassVar[str] = ""
     #: whether ``per_channel: true`` is allowed for weights and for activations
     per_channel_weights: ClassVar[bool] = False
@@ -46,17 +48,16 @@ class Algorithm:
 
         :raises ConfigError: unknown key or bad value, with the key's path.
         """
-        from fat_plugins.config import explain
-
         try:
             return cls.Params.model_validate(params or {})
         except ValidationError as error:
             raise ConfigError(explain(error, cls.Params, where)) from None
 
     @classmethod
-    def check(cls, spec: TensorSpec) -> None:
+    def check(cls, spec: TensorSpec, params: Params | None = None) -> None:
         """Refuse, in one line, a tensor that the algorithm cannot quantize.
 
+        :param params: the parsed options, for algorithms whose limits depend on them.
         :raises ConfigError: bit width or granularity outside what the algorithm defines.
         """
         where = spec.name or spec.role
@@ -65,7 +66,8 @@ class Algorithm:
             raise ConfigError(f"{where}: algorithm '{cls.name}' does not quantize {spec.role}s")
         low, high = cls.weight_bits if spec.role == "weight" else cls.activation_bits
         if type(spec.bits) is not int or not low <= spec.bits <= high:
-            reason = f" ({cls.bits_reason})" if cls.bits_reason else ""
+            too_low = type(spec.bits) is int and spec.bits < low
+            reason = f" ({cls.bits_reason})" if cls.bits_reason and too_low else ""
             raise ConfigError(
                 f"{where}: algorithm '{cls.name}' has no {spec.bits!r}-bit {spec.role}s; "
                 f"allowed: {low} to {high}{reason}"
@@ -79,14 +81,16 @@ class Algorithm:
     @classmethod
     def make_weight(cls, spec: TensorSpec, params: Params | dict | None = None) -> WeightQuantizer:
         """A weight quantizer for ``spec``."""
-        cls.check(spec)
-        return cls.weight_quantizer(spec, params if isinstance(params, Params) else cls.parse_params(params))
+        params = params if isinstance(params, Params) else cls.parse_params(params)
+        cls.check(spec, params)
+        return cls.weight_quantizer(spec, params)
 
     @classmethod
     def make_activation(cls, spec: TensorSpec, params: Params | dict | None = None) -> ActivationQuantizer:
         """An activation quantizer for ``spec``."""
-        cls.check(spec)
-        return cls.activation_quantizer(spec, params if isinstance(params, Params) else cls.parse_params(params))
+        params = params if isinstance(params, Params) else cls.parse_params(params)
+        cls.check(spec, params)
+        return cls.activation_quantizer(spec, params)
 
     @classmethod
     def make(cls, spec: TensorSpec, params: Params | dict | None = None) -> WeightQuantizer | ActivationQuantizer:
@@ -99,32 +103,52 @@ class Algorithm:
         return cls.coordinator(layers) if cls.coordinator else None
 
 
-@lru_cache(maxsize=1)
-def _load() -> dict[str, type[Algorithm]]:
+@cache
+def _load() -> tuple[dict[str, type[Algorithm]], dict[str, str]]:
+    """Usable algorithms by name, and why the others are not."""
     found: dict[str, type[Algorithm]] = {}
-    for point in entry_points(group=GROUP):
-        algorithm = point.load()
+    broken: dict[str, str] = {}
+    for point in sorted(entry_points(group=GROUP), key=lambda p: p.name):
+        where = f"entry point {point.name} = {point.value}"
+        try:
+            algorithm = point.load()
+        except Exception as error:  # somebody else's package: it must not take the others down
+            broken[point.name] = f"{where} cannot be loaded: {type(error).__name__}: {error}"
+            continue
         if not (isinstance(algorithm, type) and issubclass(algorithm, Algorithm)):
-            raise ConfigError(f"entry point {point.name} = {point.value} is not a fat_plugins Algorithm")
-        if algorithm.name != point.name:
-            raise ConfigError(f"entry point {point.name} = {point.value} calls itself '{algorithm.name}'")
-        found[point.name] = algorithm
+            broken[point.name] = f"{where} is not a fat_plugins Algorithm"
+        elif algorithm.name != point.name:
+            broken[point.name] = f"{where} calls itself '{algorithm.name}'"
+        elif found.get(point.name, algorithm) is not algorithm:
+            broken[point.name] = f"{where}: another installed package has an algorithm of this name"
+        else:
+            found[point.name] = algorithm
+    for name, reason in broken.items():
+        found.pop(name, None)
+        warnings.warn(f"algorithm '{name}' is left out: {reason}", RuntimeWarning, stacklevel=3)
     if not found:
         raise ConfigError("no algorithms found: install the package (pip install -e .) so that its entry points exist")
-    return dict(sorted(found.items()))
+    return found, broken
+
+
+def refresh() -> None:
+    """Look for entry points again (packages installed since the first use)."""
+    _load.cache_clear()
 
 
 def algorithms() -> dict[str, type[Algorithm]]:
-    """All registered algorithms by name."""
-    return dict(_load())
+    """All registered algorithms by name. One that cannot be loaded is left out with a warning."""
+    return dict(_load()[0])
 
 
 def get_algorithm(name: str) -> type[Algorithm]:
     """The algorithm called ``name``.
 
-    :raises ConfigError: unknown name, with the nearest valid one.
+    :raises ConfigError: unknown name, with the nearest valid one, or an algorithm that cannot be loaded.
     """
-    known = _load()
+    known, broken = _load()
+    if name in broken:
+        raise ConfigError(f"algorithm '{name}': {broken[name]}")
     if name not in known:
         raise ConfigError(unknown("algorithm", name, known))
     return known[name]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fat_plugins.errors import ConfigError
 from fat_plugins.forms import Codebook, Form, Staircase, UniformGrid
-from fat_plugins.functional import dft_gate, fake_quantize, level_index, level_quantize, positive, standardize
+from fat_plugins.functional import dft_gate, fake_quantize, level_index, level_quantize, positive, standardize, wide
 from fat_plugins.functional import uniform_codes as codes_of
 from fat_plugins.quantizer import ActivationQuantizer, FrozenTensor, Params, TensorSpec, WeightQuantizer
 from fat_plugins.registry import Algorithm
@@ -65,21 +65,22 @@ def power_of_two_levels(count: int, signed: bool) -> tuple[Tensor, float]:
 class _Grid(nn.Module):
     """The two grids of FAT for one tensor, in units that both the fake quantization and the form use."""
 
-    def __init__(self, params: FATParams, bits: int, signed: bool, name: str) -> None:
+    def __init__(self, params: FATParams, bits: int, signed: bool) -> None:
         super().__init__()
         self.power_of_two = params.levels == "power_of_two"
         self.bits, self.signed = bits, signed
         if self.power_of_two:
-            if bits > 5:
-                raise ConfigError(f"{name}: FAT's power-of-two levels need more than 32-bit integers at {bits} bits; "
-                                  "allowed: 2 to 5, or levels 'uniform'")  # fmt: skip
             levels, self.unit = power_of_two_levels(2 ** (bits - 1) - 1 if signed else 2**bits - 1, signed)
+            # integers, since a model cast to half precision must not round them
             self.register_buffer("levels", levels, persistent=False)
-            # float32 holds every midpoint exactly: they are 3 * 2^k or 1/2
-            self.register_buffer("thresholds", (levels[1:] + levels[:-1]) / 2, persistent=False)
         else:
             n = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
             self.low, self.high, self.unit = (-n if signed else 0), n, 1.0 / n
+
+    @property
+    def thresholds(self) -> Tensor:
+        """Midpoints of the levels (section 3, step 9: nearest in the linear domain); exact, being 3 * 2^k or 1/2."""
+        return (self.levels[1:] + self.levels[:-1]) / 2
 
     def fake_quantize(self, x: Tensor, scale: Tensor, clip_x_grad: bool, residual: bool) -> Tensor:
         if self.power_of_two:
@@ -99,7 +100,7 @@ class FATWeight(WeightQuantizer):
 
     def __init__(self, spec: TensorSpec, params: FATParams) -> None:
         super().__init__(spec, params)
-        self.grid = _Grid(params, spec.bits, True, spec.name or "weight")
+        self.grid = _Grid(params, spec.bits, True)
         self.restore = params.restore_scale if params.restore_scale != "auto" else not spec.followed_by_norm
         self.alpha = nn.Parameter(torch.tensor(float(params.alpha)))
         channels = spec.shape[spec.channel_axis]
@@ -116,7 +117,7 @@ class FATWeight(WeightQuantizer):
                 moved = normalised.movedim(self.spec.channel_axis, 0)
                 gated = dft_gate(moved.reshape(moved.shape[0], -1), self.transform.to(w.dtype))
                 normalised = gated.reshape(moved.shape).movedim(0, self.spec.channel_axis)
-            scale = positive(self.alpha).to(w.dtype) * self.grid.unit
+            scale = positive(self.alpha.to(w.dtype)) * self.grid.unit
             return (normalised * std, scale * std) if self.restore else (normalised, scale)
 
     def quantize(self, weight: Tensor) -> Tensor:
@@ -143,7 +144,7 @@ class FATWeight(WeightQuantizer):
         with torch.no_grad():
             moved = standardize(weight.float())[0].movedim(self.spec.channel_axis, 0)
             spectrum = torch.fft.rfft(moved.reshape(moved.shape[0], -1), dim=1)
-            return torch.sigmoid(self.transform @ spectrum.abs())
+            return torch.sigmoid(self.transform.float() @ spectrum.abs())
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Section 7.1 (CIFAR: 0.02 at a base of 0.04, decay 1e-4) or one group as the rest (7.2, ImageNet)."""
@@ -162,7 +163,7 @@ class FATActivation(ActivationQuantizer):
     def __init__(self, spec: TensorSpec, params: FATParams) -> None:
         super().__init__(spec, params)
         # both, since signedness may come from calibration; no parameters and nothing in the state dict
-        self.grids = nn.ModuleList(_Grid(params, spec.bits, s, spec.name or "activation") for s in (False, True))
+        self.grids = nn.ModuleList(_Grid(params, spec.bits, s) for s in (False, True))
         self.alpha = nn.Parameter(torch.tensor(float(params.activation_alpha or 5.0)))
 
     def init_from_range(self, low: float, high: float) -> None:
@@ -176,7 +177,7 @@ class FATActivation(ActivationQuantizer):
 
     def _grid_and_scale(self) -> tuple[_Grid, Tensor]:
         grid = self.grids[int(self.signed)]
-        return grid, positive(self.alpha) * grid.unit
+        return grid, positive(wide(self.alpha)) * grid.unit
 
     def quantize(self, x: Tensor) -> Tensor:
         """``dL/dx = G [r <= 1]``; ``dL/dalpha`` with (cifar) or without (imagenet) the residual."""
@@ -185,7 +186,7 @@ class FATActivation(ActivationQuantizer):
 
     def form(self) -> Form:
         grid, scale = self._grid_and_scale()
-        scale = scale.detach().reshape(1)
+        scale = wide(scale.detach()).reshape(1)
         if grid.power_of_two:
             return Staircase(self.spec.bits, grid.levels, grid.thresholds.double(), scale)
         return UniformGrid(self.spec.bits, self.signed, self.signed, scale, 1)
@@ -208,4 +209,15 @@ class FAT(Algorithm):
     Params = FATParams
     weight_quantizer = FATWeight
     activation_quantizer = FATActivation
+    max_power_of_two_bits = 5
     bits_reason = "FAT has no 1-bit form: its grid would have no level beside zero"
+
+    @classmethod
+    def check(cls, spec: TensorSpec, params: Params | None = None) -> None:
+        """Also refuses power-of-two levels whose integers would not fit 32 bits (section 8)."""
+        super().check(spec, params)
+        if getattr(params, "levels", "uniform") == "power_of_two" and spec.bits > cls.max_power_of_two_bits:
+            raise ConfigError(
+                f"{spec.name or spec.role}: FAT's power-of-two levels need more than 32-bit integers at {spec.bits} "
+                f"bits; allowed: 2 to {cls.max_power_of_two_bits}, or levels 'uniform'"
+            )

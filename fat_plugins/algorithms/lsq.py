@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fat_plugins.forms import Form, UniformGrid
-from fat_plugins.functional import fake_quantize, grad_scale, per_channel_view, positive, uniform_codes
+from fat_plugins.functional import fake_quantize, grad_scale, per_channel_view, positive, uniform_codes, wide
 from fat_plugins.quantizer import ActivationQuantizer, FrozenTensor, Params, TensorSpec, WeightQuantizer
 from fat_plugins.registry import Algorithm
 
@@ -34,16 +34,16 @@ class LSQWeight(WeightQuantizer):
         self.step.copy_((2 * mean / sqrt(self.high)).clamp_min(_FLOOR))
 
     def _scale(self, ndim: int) -> Tensor:
-        return per_channel_view(positive(self.step, _FLOOR), ndim, self.spec.channel_axis)
+        return per_channel_view(positive(wide(self.step), _FLOOR), ndim, self.spec.channel_axis)
 
     def quantize(self, weight: Tensor) -> Tensor:
         """Gradient of the step times ``g = 1 / sqrt(N Q_P)``, N = weights per step (section 4)."""
-        g = 1.0 / sqrt(weight.numel() // self.step.numel() * self.high)
+        g = 1.0 / sqrt(max(weight.numel() // self.step.numel(), 1) * self.high)
         scale = grad_scale(self._scale(weight.ndim), g)
         return fake_quantize(weight, scale, self.low, self.high, inclusive=False)
 
     def freeze_codes(self, weight: Tensor) -> FrozenTensor:
-        scale = positive(self.step, _FLOOR).detach()
+        scale = positive(wide(self.step), _FLOOR).detach()
         codes = uniform_codes(weight, self._scale(weight.ndim), self.low, self.high)
         return FrozenTensor(
             codes.to(torch.int32), UniformGrid(self.spec.bits, True, False, scale, self.spec.channel_axis)
@@ -58,6 +58,7 @@ class LSQActivation(ActivationQuantizer):
     def __init__(self, spec: TensorSpec, params: Params) -> None:
         super().__init__(spec, params)
         self.step = nn.Parameter(torch.ones(1))
+        self._first_high: int | None = None
 
     @property
     def _bounds(self) -> tuple[int, int]:
@@ -65,9 +66,14 @@ class LSQActivation(ActivationQuantizer):
         return (-(2 ** (b - 1)), 2 ** (b - 1) - 1) if self.signed else (0, 2**b - 1)
 
     def init_from_batch(self, x: Tensor, first: bool) -> None:
-        """``s = 2 mean|v| / sqrt(Q_P)`` of the first batch (section 6)."""
+        """``s = 2 mean|v| / sqrt(Q_P)`` of the first batch (section 6); later ones can only turn the grid signed,
+        which changes Q_P."""
+        high = self._bounds[1]
         if first:
-            self.step.copy_((2 * x.abs().mean() / sqrt(self._bounds[1])).clamp_min(_FLOOR).reshape(1))
+            self.step.copy_((2 * x.abs().mean() / sqrt(high)).clamp_min(_FLOOR).reshape(1))
+        elif self._first_high not in (None, high):
+            self.step.mul_(sqrt(self._first_high / high))
+        self._first_high = high
 
     def init_from_range(self, low: float, high: float) -> None:
         """A host that knows only a range: the step that reaches its ends."""
@@ -78,11 +84,11 @@ class LSQActivation(ActivationQuantizer):
         """Gradient of the step times ``g``, N = features per sample (section 4)."""
         low, high = self._bounds
         features = max(x.numel() // max(x.shape[0], 1), 1) if x.ndim else 1
-        scale = grad_scale(positive(self.step, _FLOOR).reshape(()), 1.0 / sqrt(features * high))
+        scale = grad_scale(positive(wide(self.step), _FLOOR).reshape(()), 1.0 / sqrt(features * high))
         return fake_quantize(x, scale, low, high, inclusive=False)
 
     def form(self) -> Form:
-        return UniformGrid(self.spec.bits, self.signed, False, positive(self.step, _FLOOR).detach(), 1)
+        return UniformGrid(self.spec.bits, self.signed, False, positive(wide(self.step), _FLOOR).detach(), 1)
 
 
 class LSQ(Algorithm):

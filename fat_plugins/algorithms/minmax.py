@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fat_plugins.forms import Form, UniformGrid
-from fat_plugins.functional import fake_quantize, per_channel_view, uniform_codes
+from fat_plugins.functional import fake_quantize, per_channel_view, uniform_codes, wide
 from fat_plugins.quantizer import ActivationQuantizer, FrozenTensor, Params, TensorSpec, WeightQuantizer
 from fat_plugins.registry import Algorithm
 
@@ -29,7 +29,7 @@ class MinMaxWeight(WeightQuantizer):
     """Symmetric narrow grid scaled by the largest magnitude, per output channel unless told otherwise."""
 
     def _scale(self, weight: Tensor) -> Tensor:
-        w = weight.detach().float() if weight.dtype != torch.float64 else weight.detach()
+        w = wide(weight.detach())
         if self.spec.per_channel is False:
             largest = w.abs().amax().reshape(1)
         else:
@@ -65,7 +65,7 @@ class MinMaxActivation(ActivationQuantizer):
         self.largest.copy_(largest if first else torch.maximum(self.largest, largest))
 
     def quantize(self, x: Tensor) -> Tensor:
-        if self.training:
+        if self.training and x.numel():
             with torch.no_grad():
                 seen = x.detach().abs().max().to(self.largest.dtype)
                 seen = torch.where(torch.isfinite(seen), seen, self.largest)
@@ -76,7 +76,7 @@ class MinMaxActivation(ActivationQuantizer):
     def form(self) -> Form:
         b = self.spec.bits
         n = 2 ** (b - 1) - 1 if self.signed else 2**b - 1
-        return UniformGrid(b, self.signed, self.signed, (self.largest / n).clamp_min(_FLOOR), 1)
+        return UniformGrid(b, self.signed, self.signed, (wide(self.largest) / n).clamp_min(_FLOOR), 1)
 
 
 class MinMax(Algorithm):
