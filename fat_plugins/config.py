@@ -83,6 +83,7 @@ class CompressionConfig(Section):
     compression_lr_multiplier: float | None = Field(
         None, ge=0, description="Factor on the gradients of the quantizers' own parameters."
     )
+    validate_scopes: StrictBool | None = Field(None, description="NNCF: false lets scopes match nothing.")
     preset: Literal["performance", "mixed"] | None = Field(None, description="NNCF's placement preset.")
     quantize_inputs: StrictBool = Field(True, description="Quantize the network's input.")
     quantize_outputs: StrictBool = Field(False, description="Quantize the network's output.")
