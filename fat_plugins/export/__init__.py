@@ -1,0 +1,1 @@
+"""Exporters: they read deployed forms and know no algorithm and no host."""

@@ -1,0 +1,386 @@
+"""Frozen model to OpenVINO graph: standard operations that keep codes packed and kernels integer.
+
+The two custom operators of :mod:`fat_plugins.frozen` are first converted to placeholders that the frontend's own
+passes leave alone; then each is replaced by its final sub-graph, in the layout that the consuming convolution or matmul
+has after those passes, with a following batch norm folded into the scale. The spellings below were chosen because the
+CPU plugin runs integer kernels for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fat_plugins.errors import ExportError
+from fat_plugins.export import _ov
+from fat_plugins.export.packing import Storage, choose_storage, collapse
+from fat_plugins.forms import Form, UniformGrid
+from fat_plugins.frozen import FrozenActivation, FrozenWeight, frozen_modules
+
+#: friendly names: a quantized layer has the layer's own name, its parts and the activation quantizers these prefixes
+WEIGHT, QUANTIZE = "weight:", "quantize:"
+_SHAPE_ONLY = ("Reshape", "Unsqueeze", "Squeeze")
+LAYER_TYPES = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData", "MatMul")
+
+
+@dataclass
+class Entry:
+    """One quantized tensor of the written graph, in the order of the trace."""
+
+    kind: str  # "weight" or "activation"
+    name: str
+    module: Any
+    tag: str
+    storage: Storage | None = None
+    consumers: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class Converter:
+    """Conversion extensions that write placeholders and remember what they stand for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = {(type(m), m.name): m for m in frozen_modules(model)}
+        self.entries: list[Entry] = []
+        self._names: set[tuple[str, str]] = set()
+
+    def extensions(self) -> list[Any]:
+        """For ``openvino.convert_model(extension=...)``."""
+        from openvino.frontend.pytorch import ConversionExtension
+
+        return [
+            ConversionExtension("fat_plugins::decode_weight", self._weight),
+            ConversionExtension("fat_plugins::quantize_activation", self._activation),
+        ]
+
+    def _entry(self, kind: str, cls: type, name: str) -> tuple[Entry, int]:
+        serial = len(self.entries) + 1
+        entry = Entry(kind, unique(name, kind, self._names), self.modules[cls, name], f"fat_plugins:{serial}")
+        self.entries.append(entry)
+        return entry, serial
+
+    def _weight(self, context: Any) -> Any:
+        entry, serial = self._entry("weight", FrozenWeight, context.get_values_from_const_input(6))
+        op = _ov.opset()
+        # constant folding leaves 8-bit constants alone; the serial number keeps equal layers from being merged
+        ones = op.convert(op.constant(np.ones(tuple(entry.module.codes.shape), np.int8)), "f32")
+        node = op.multiply(ones, _ov.scalar(serial))
+        node.set_friendly_name(entry.tag)
+        return node.outputs()
+
+    def _activation(self, context: Any) -> Any:
+        entry, serial = self._entry("activation", FrozenActivation, context.get_values_from_const_input(7))
+        # any elementwise operation with a parameter of its own that no pass of the frontend rewrites
+        node = _ov.opset().selu(context.get_input(0), _ov.scalar(serial), _ov.scalar(1))
+        node.set_friendly_name(entry.tag)
+        return node.outputs()
+
+
+def unique(name: str, kind: str, taken: set[tuple[str, str]]) -> str:
+    """``name``, or ``name#2``, ``name#3``... for a module that is called several times."""
+    candidate, n = name, 1
+    while (kind, candidate) in taken:
+        n += 1
+        candidate = f"{name}#{n}"
+    taken.add((kind, candidate))
+    return candidate
+
+
+def rewrite(model: Any, entries: list[Entry]) -> None:
+    """Replace every placeholder of ``model`` in place.
+
+    :raises ExportError: a placeholder did not survive the conversion.
+    """
+    nodes = {n.get_friendly_name(): n for n in model.get_ops()}
+    for entry in entries:
+        if entry.tag not in nodes:
+            raise ExportError(f"{entry.name}: OpenVINO's conversion dropped the quantizer of this {entry.kind}")
+    shared: dict[tuple, tuple[Any, Storage]] = {}
+    names: set[tuple[str, str]] = set()
+    for entry in entries:
+        if entry.kind == "weight":
+            _rewrite_weight(nodes[entry.tag], entry, shared, names)
+        else:
+            _rewrite_activation(nodes[entry.tag], entry)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# weights
+# --------------------------------------------------------------------------------------------------------------------
+@dataclass
+class _Use:
+    """One place where a weight ends, and what stands between: the shape that it takes and the factor on its scale."""
+
+    target: Any  # input of the consuming node
+    shape: tuple[int, ...]
+    scale: np.ndarray  # float64, broadcastable to shape
+
+
+def _constant(value: Any) -> np.ndarray | None:
+    node = value.get_node()
+    if node.get_type_name() == "Convert":  # constants of some versions are kept in half precision
+        node = node.input_value(0).get_node()
+    return np.asarray(node.data, dtype=np.float64) if node.get_type_name() == "Constant" else None
+
+
+def _static(output: Any) -> tuple[int, ...] | None:
+    shape = output.get_partial_shape()
+    return tuple(shape.to_shape()) if shape.is_static else None
+
+
+def _uses(output: Any, shape: tuple[int, ...], scale: np.ndarray) -> Iterator[_Use]:
+    for target in list(output.get_target_inputs()):
+        node = target.get_node()
+        kind, end = node.get_type_name(), node.output(0) if node.get_output_size() else None
+        if kind == "Multiply":
+            factor = _constant(node.input_value(1 - target.get_index()))
+            if factor is not None and _static(end) == shape:
+                yield from _uses(end, shape, scale * factor)
+                continue
+        if kind in _SHAPE_ONLY and target.get_index() == 0 and _static(end) is not None:
+            new = _static(end)
+            # a scale of one element fits any shape; else it follows the weight through the reshape
+            full = np.ones([1] * len(new)) * scale.reshape(-1)[0] if scale.size == 1 else None
+            if full is None:
+                full = collapse(np.broadcast_to(scale, shape).reshape(new))
+            yield from _uses(end, new, full)
+            continue
+        yield _Use(target, shape, scale)
+
+
+def _rewrite_weight(root: Any, entry: Entry, shared: dict, names: set) -> None:
+    module: FrozenWeight = entry.module
+    shape = tuple(module.codes.shape)
+    view = [1] * len(shape)
+    if module.scale.numel() > 1:
+        view[module.form.channel_axis] = module.scale.numel()
+    scale = module.scale.detach().cpu().double().numpy().reshape(view)
+    for use in list(_uses(root.output(0), shape, scale)):
+        node = use.target.get_node()
+        layer = unique(module.name, "layer", names)
+        is_layer = node.get_type_name() in LAYER_TYPES and use.target.get_index() == 1
+        factors = _fold_affine(node, use.shape) if is_layer else None
+        if factors is not None:
+            use.scale = use.scale * factors
+        key = (module.name, use.shape)
+        if key not in shared:
+            shared[key] = _integers(module, use.shape)
+        values, entry.storage = shared[key]
+        op = _ov.opset()
+        real = values if values.get_element_type().to_string() == "f32" else op.convert(values, "f32").output(0)
+        # a scale of one element is written as a scalar
+        final = use.scale.astype(np.float32)
+        weight = op.multiply(real, op.constant(final.reshape(()) if final.size == 1 else final))
+        weight.set_friendly_name(f"{WEIGHT}{layer}")
+        use.target.replace_source_output(weight.output(0))
+        if is_layer:
+            node.set_friendly_name(layer)
+        else:
+            entry.notes.append(f"read by {node.get_type_name()}, not by a convolution or matmul")
+        entry.consumers.append(layer)
+    if entry.storage.note:
+        entry.notes.append(entry.storage.note)
+    if module.levels.numel() and not _fits(module.levels, -128, 127):
+        entry.notes.append("levels beyond 8 bits: runs in float")
+
+
+def _fits(levels: Any, low: int, high: int) -> bool:
+    return bool(low <= int(levels.min()) and int(levels.max()) <= high)
+
+
+def _integers(module: FrozenWeight, shape: tuple[int, ...]) -> tuple[Any, Storage]:
+    """Output with the integers of a weight in i8 (f32 where 8 bits cannot hold them), and how they are stored."""
+    op, form, name = _ov.opset(), module.form, module.name
+    codes = module.codes.detach().cpu().numpy().reshape(shape)
+    low, high = (form.low, form.high) if isinstance(form, UniformGrid) else (0, int(module.levels.numel()) - 1)
+    if codes.size and (codes.min() < low or codes.max() > high):
+        raise ExportError(f"{name}: codes {codes.min()} .. {codes.max()} lie outside the form's {low} .. {high}")
+    storage = choose_storage(low, high, _ov.storage_types())
+    stored = _ov.packed_constant(codes + storage.zero_point, storage)
+    stored.set_friendly_name(f"{WEIGHT}{name}/codes")
+    if not isinstance(form, UniformGrid):
+        levels = module.levels.detach().cpu().numpy()
+        table = levels.astype(np.int8 if _fits(levels, -128, 127) else np.float32)
+        out = op.gather(op.constant(table), op.convert(stored, "i32"), _ov.scalar(0, np.int32))
+    elif low < -128 or high > 127:
+        out = op.convert(stored, "f32")
+    else:
+        # unpacking in 8 bits is what lets the plugin see an integer weight
+        out = stored if storage.element == "i8" else op.convert(stored, "i8")
+        if storage.zero_point:
+            out = op.subtract(out, _ov.scalar(storage.zero_point, np.int8))
+    out.set_friendly_name(f"{WEIGHT}{name}/integers")
+    return out.output(0), storage
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# batch norm (or any affine map per output channel) behind a quantized layer
+# --------------------------------------------------------------------------------------------------------------------
+def _channel_view(node: Any, weight_shape: tuple[int, ...], per_channel: np.ndarray) -> np.ndarray:
+    """Factors per output channel in a shape that broadcasts to the layer's weight."""
+    kind, view = node.get_type_name(), [1] * len(weight_shape)
+    if kind in ("GroupConvolution", "GroupConvolutionBackpropData"):
+        out_axis = 1 if kind == "GroupConvolution" else 2
+        view[0], view[out_axis] = weight_shape[0], weight_shape[out_axis]
+    elif kind == "MatMul":
+        transposed = bool(node.get_attributes()["transpose_b"])
+        view[-2 if transposed else -1] = per_channel.size
+    else:
+        view[0 if kind == "Convolution" else 1] = per_channel.size
+    return per_channel.reshape(view)
+
+
+def _per_channel(value: np.ndarray | None, rank: int, axis: int, channels: int) -> np.ndarray | None:
+    """``value`` as a vector of ``channels``, or ``None`` when it varies along another axis."""
+    if value is None or value.ndim > rank:
+        return None
+    full = value.reshape([1] * (rank - value.ndim) + list(value.shape))
+    if full.size != full.shape[axis] or full.size not in (1, channels):
+        return None
+    return np.broadcast_to(full.reshape(-1), (channels,)).copy()
+
+
+def _fold_affine(layer: Any, weight_shape: tuple[int, ...]) -> np.ndarray | None:
+    """Fold the multiplications behind ``layer`` and give the factors on its weight's scale; additions become one."""
+    rank = layer.output(0).get_partial_shape().rank
+    if rank.is_dynamic or (layer.get_type_name() == "MatMul" and len(weight_shape) != 2):
+        return None
+    rank = rank.get_length()
+    axis = rank - 1 if layer.get_type_name() == "MatMul" else 1
+    size = layer.output(0).get_partial_shape()[axis]
+    if size.is_dynamic:
+        return None
+    channels = size.get_length()
+    gain, shift, end, last = np.ones(channels), np.zeros(channels), layer.output(0), None
+    folded = False
+    while len(end.get_target_inputs()) == 1:
+        target = next(iter(end.get_target_inputs()))
+        node, kind = target.get_node(), target.get_node().get_type_name()
+        if kind == "BatchNormInference" and target.get_index() == 0 and axis == 1:
+            gamma, beta, mean, var = (_constant(node.input_value(i)) for i in (1, 2, 3, 4))
+            if any(v is None for v in (gamma, beta, mean, var)):
+                break
+            factor = gamma / np.sqrt(var + node.get_attributes()["epsilon"])
+            gain, shift, folded = gain * factor, (shift - mean) * factor + beta, True
+        elif kind in ("Multiply", "Add", "Subtract") and (kind != "Subtract" or target.get_index() == 0):
+            other = _per_channel(_constant(node.input_value(1 - target.get_index())), rank, axis, channels)
+            if other is None or _static_differs(node.output(0), end):
+                break
+            if kind == "Multiply":
+                gain, shift, folded = gain * other, shift * other, True
+            else:
+                shift = shift + (other if kind == "Add" else -other)
+        else:
+            break
+        end, last = node.output(0), node
+    if not folded:
+        return None
+    op, view = _ov.opset(), [1] * rank
+    view[axis] = channels
+    added = op.add(layer, op.constant(shift.reshape(view).astype(np.float32)))
+    added.set_friendly_name(last.get_friendly_name())
+    for target in list(end.get_target_inputs()):
+        target.replace_source_output(added.output(0))
+    return _channel_view(layer, weight_shape, gain)
+
+
+def _static_differs(a: Any, b: Any) -> bool:
+    return a.get_partial_shape().rank != b.get_partial_shape().rank
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# activations
+# --------------------------------------------------------------------------------------------------------------------
+def _rewrite_activation(placeholder: Any, entry: Entry) -> None:
+    source, form = placeholder.input_value(0), entry.module.form
+    if isinstance(form, UniformGrid):
+        out = _uniform(source, form, entry)
+    else:
+        out = _staircase(source, form, entry)
+    out.set_friendly_name(f"{QUANTIZE}{entry.name}")
+    for target in list(placeholder.output(0).get_target_inputs()):
+        target.replace_source_output(out.output(0))
+    tensor = placeholder.output(0).get_tensor()
+    if tensor.get_names():  # the quantizer was a model output
+        out.output(0).get_tensor().set_names(tensor.get_names())
+
+
+def _scale(source: Any, form: Form) -> np.ndarray:
+    """Scale as float64: a scalar, or a vector in a shape that broadcasts along the channel axis."""
+    scale = form.scale.detach().cpu().double().numpy()
+    if scale.size == 1:
+        return scale.reshape(())
+    view = [1] * source.get_partial_shape().rank.get_length()
+    view[form.channel_axis] = scale.size
+    return scale.reshape(view)
+
+
+def _carrier(low: int, high: int) -> tuple[int, int]:
+    """The 8-bit grid that holds integers ``low .. high`` (or their own grid when 8 bits do not reach)."""
+    if low >= 0 and high <= 255:
+        return 0, 255
+    return (-128, 127) if low >= -128 and high <= 127 else (low, high)
+
+
+def _fake_quantize(value: Any, scale: np.ndarray, low: int, high: int) -> Any:
+    op = _ov.opset()
+    least, most = op.constant((low * scale).astype(np.float32)), op.constant((high * scale).astype(np.float32))
+    return op.fake_quantize(value, least, most, least, most, high - low + 1)
+
+
+def _uniform(source: Any, form: UniformGrid, entry: Entry) -> Any:
+    """Clamp to the codes' own range, then round on the 8-bit grid of the same step."""
+    op, scale = _ov.opset(), _scale(source, form)
+    low, high = _carrier(form.low, form.high)
+    value = source
+    if (low, high) != (form.low, form.high):
+        if scale.ndim == 0:
+            value = op.clamp(source, float(np.float32(form.low * scale)), float(np.float32(form.high * scale)))
+        else:
+            bounded = op.maximum(source, op.constant((form.low * scale).astype(np.float32)))
+            bounded.set_friendly_name(f"{QUANTIZE}{entry.name}/low")
+            value = op.minimum(bounded, op.constant((form.high * scale).astype(np.float32)))
+        value.set_friendly_name(f"{QUANTIZE}{entry.name}/clamp")
+    if scale.ndim:
+        entry.notes.append("one scale per channel: its readers run in float")
+    if high - low > 255:
+        entry.notes.append("codes beyond 8 bits: its readers run in float")
+    return _fake_quantize(value, scale, low, high)
+
+
+def _staircase(source: Any, form: Any, entry: Entry) -> Any:
+    """A sum of comparisons, exact, then the 8-bit grid as a carrier that changes nothing."""
+    op, scale = _ov.opset(), _scale(source, form)
+    levels = form.levels.detach().cpu().numpy()
+    steps, prefix = np.diff(levels), f"{QUANTIZE}{entry.name}"
+    total: Any = _ov.scalar(float(levels[0]))
+    for i, threshold in enumerate(form.thresholds.detach().cpu().double().numpy()):
+        above = op.greater(source, op.constant(_largest_below(threshold, scale.astype(np.float32))))
+        above.set_friendly_name(f"{prefix}/above{i}")
+        term = op.multiply(op.convert(above, "f32"), _ov.scalar(float(steps[i])))
+        total = op.add(total, term)
+    value = op.multiply(total, op.constant(scale.astype(np.float32)))
+    value.set_friendly_name(f"{prefix}/value")
+    low, high = _carrier(int(levels[0]), int(levels[-1]))
+    if high - low > 255 or scale.ndim:
+        entry.notes.append("levels beyond 8 bits or a scale per channel: its readers run in float")
+        return value
+    return _fake_quantize(value, scale, low, high)
+
+
+def _largest_below(threshold: float, scale: np.ndarray) -> np.ndarray:
+    """The largest float32 ``x`` with ``x / scale <= threshold`` in torch's float32 arithmetic, so that ``x > it`` is
+    the very comparison that torch makes after the division."""
+    t = torch.tensor(threshold, dtype=torch.float64).float().numpy()
+    x = (t * scale).astype(np.float32)
+    for _ in range(8):
+        x = np.where(x / scale > t, np.nextafter(x, np.float32(-np.inf)), x)
+    for _ in range(8):
+        up = np.nextafter(x, np.float32(np.inf))
+        x = np.where(up / scale <= t, up, x)
+    return x.astype(np.float32)
