@@ -17,6 +17,7 @@ from fat_plugins.quantizer import ActivationQuantizer, FrozenTensor, Params, Ten
 from fat_plugins.registry import Algorithm
 
 _FLOOR = 1e-12  # steps are plain parameters: keep them from reaching zero
+_CEILING = 1e36  # the mean of huge values may overflow, the largest code times the step must not
 
 
 class LSQWeight(WeightQuantizer):
@@ -29,9 +30,10 @@ class LSQWeight(WeightQuantizer):
 
     def init_from_weight(self, weight: Tensor) -> None:
         """``s = 2 mean|v| / sqrt(Q_P)`` (section 6)."""
-        mean = weight.abs().movedim(self.spec.channel_axis, 0).flatten(1).mean(1)
-        mean = mean if self.spec.per_channel else weight.abs().mean().reshape(1)
-        self.step.copy_((2 * mean / sqrt(self.high)).clamp_min(_FLOOR))
+        rows = weight.abs().movedim(self.spec.channel_axis, 0)
+        rows = rows.reshape(rows.shape[0], -1)
+        mean = rows.mean(1) if self.spec.per_channel else weight.abs().mean().reshape(1)
+        self.step.copy_((2 * mean / sqrt(self.high)).clamp(_FLOOR, _CEILING))
 
     def _scale(self, ndim: int) -> Tensor:
         return per_channel_view(positive(wide(self.step), _FLOOR), ndim, self.spec.channel_axis)
@@ -70,7 +72,7 @@ class LSQActivation(ActivationQuantizer):
         which changes Q_P."""
         high = self._bounds[1]
         if first:
-            self.step.copy_((2 * x.abs().mean() / sqrt(high)).clamp_min(_FLOOR).reshape(1))
+            self.step.copy_((2 * x.abs().mean() / sqrt(high)).clamp(_FLOOR, _CEILING).reshape(1))
         elif self._first_high not in (None, high):
             self.step.mul_(sqrt(self._first_high / high))
         self._first_high = high

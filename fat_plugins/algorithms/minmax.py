@@ -33,7 +33,8 @@ class MinMaxWeight(WeightQuantizer):
         if self.spec.per_channel is False:
             largest = w.abs().amax().reshape(1)
         else:
-            largest = w.abs().movedim(self.spec.channel_axis, 0).flatten(1).amax(1)
+            rows = w.abs().movedim(self.spec.channel_axis, 0)
+            largest = rows.reshape(rows.shape[0], -1).amax(1)
         return (largest / (2 ** (self.spec.bits - 1) - 1)).clamp_min(_FLOOR)
 
     def quantize(self, weight: Tensor) -> Tensor:

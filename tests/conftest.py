@@ -1,0 +1,99 @@
+"""Which tests belong to this environment, and how all of them run.
+
+``FAT_PLUGINS_TEST_HOST`` (``none``, ``nncf2``, ``nncf3``) says which host must be installed: a missing one is an error
+then, not a pile of skipped tests. Without the variable, whatever is installed is tested.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+os.environ.setdefault("NNCF_CI", "1")  # no telemetry; read when nncf is imported
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+
+def installed_host() -> str:
+    """``none``, ``nncf2`` or ``nncf3``, by what is installed; nothing is imported."""
+    try:
+        return f"nncf{version('nncf').split('.')[0]}"
+    except PackageNotFoundError:
+        return "none"
+
+
+HOST = installed_host()
+
+#: folders of tests that need a host or a package
+NEEDS_HOST = {"nncf2": ("nncf2",), "nncf3": ("nncf3",), "models": ("nncf2", "nncf3")}
+NEEDS_PACKAGE = {"models": "torchvision", "export": "openvino"}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    wanted = os.environ.get("FAT_PLUGINS_TEST_HOST")
+    if wanted and wanted != HOST:
+        raise pytest.UsageError(f"FAT_PLUGINS_TEST_HOST={wanted}, but the installed host is {HOST}")
+    # the numbers of a test must not depend on how many cores the machine has
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def pytest_ignore_collect(collection_path, config):
+    parts = collection_path.relative_to(config.rootpath).parts if config.rootpath in collection_path.parents else ()
+    for part in parts:
+        if part in NEEDS_HOST and HOST not in NEEDS_HOST[part]:
+            return True
+        if part in NEEDS_PACKAGE and find_spec(NEEDS_PACKAGE[part]) is None:
+            return True
+    return None
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"host: {HOST}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_host_sync(monkeypatch):
+    """A switch: ``with no_host_sync():`` makes every way that a tensor's value can reach Python raise."""
+    from contextlib import contextmanager
+
+    import torch
+
+    names = (
+        "item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__array__", "nonzero",
+        "__iter__", "is_nonzero", "unique",
+    )  # fmt: skip
+
+    def refuse(name):
+        def raiser(*args, **kwargs):
+            raise AssertionError(f"Tensor.{name} stalls the device")
+
+        return raiser
+
+    @contextmanager
+    def switch():
+        with monkeypatch.context() as patch:
+            for name in names:
+                patch.setattr(torch.Tensor, name, refuse(name), raising=False)
+            yield
+
+    return switch

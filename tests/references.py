@@ -1,0 +1,128 @@
+"""Float64 references in numpy, written from the specifications (fat.md sections 3 to 5, baselines.md sections 3 to 6).
+
+They share no code with the package: full complex DFTs, explicit level searches, hand-derived gradients.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def ramp(shape, a, b, s=1.0, o=0.0):
+    """The specification's random-free test tensor: ``s sin(a i + b) + o cos(1.3 i)``, i = flat index."""
+    i = np.arange(int(np.prod(shape)), dtype=np.float64)
+    return (s * np.sin(a * i + b) + o * np.cos(1.3 * i)).reshape(shape)
+
+
+def sigmoid(x):
+    return 1.0 / (1.0 + np.exp(-x))
+
+
+def power_of_two_grid(count):
+    """``{0} U {2^-j : j = 0 .. count - 1}``, ascending."""
+    return np.array([0.0] + [2.0**-j for j in reversed(range(count))])
+
+
+def nearest(u, grid):
+    """Level of ``grid`` nearest to ``u >= 0``, in the linear domain; the first (lower) one on a tie."""
+    return grid[np.abs(u[..., None] - grid).argmin(-1)]
+
+
+def fat_quantize(r, bits, levels, signed=True, lower_clip=True):
+    """``q`` of fat.md sections 3 and 5 for ``r = value / alpha``."""
+    if signed:
+        n, count = 2 ** (bits - 1) - 1, 2 ** (bits - 1) - 1
+        u = np.clip(r, -1, 1)
+        sign, u = np.sign(u), np.abs(u)
+    else:
+        n, count = 2**bits - 1, 2**bits - 1
+        u = np.clip(r, 0 if lower_clip else -np.inf, 1)
+        sign = 1.0
+    q = np.round(u * n) / n if levels == "uniform" else nearest(u, power_of_two_grid(count))
+    return sign * q
+
+
+def fat_standardize(w, uniquant=False):
+    sd = w.std(ddof=1)
+    return (w - w.mean()) / (1.0 if uniquant else sd), (1.0 if uniquant else sd)
+
+
+def fat_transform(what, t):
+    """Steps 2 to 8 with the full complex spectrum; returns ``Wt`` and what the backward needs."""
+    rows = what.reshape(what.shape[0], -1)
+    f = np.fft.fft(rows, axis=1)
+    a = np.abs(f)
+    m = sigmoid(t @ a)
+    z = np.fft.ifft(m * f, axis=1)
+    return z.real.reshape(what.shape), dict(f=f, a=a, m=m, imaginary=np.abs(z.imag).max())
+
+
+def fat_weight(w, t, alpha, bits, levels="uniform", transform="dft", restore=False, grad=None):
+    """Forward of one FAT weight and, for ``grad`` = dL/dWq, the closed form of section 4.
+
+    :return: dict with ``wq``, ``codes_of_unit`` (q) and, with ``grad``, ``dw``, ``dt``, ``dalpha``.
+    """
+    what, sd = fat_standardize(w, uniquant=transform == "uniquant")
+    if transform == "dft":
+        wt, saved = fat_transform(what, t)
+    else:
+        wt, saved = what, None
+    r = wt / alpha
+    q = fat_quantize(r, bits, levels)
+    factor = sd if restore else 1.0
+    out = dict(wq=alpha * q * factor, q=q, wt=wt, what=what, sd=sd, saved=saved)
+    if grad is not None:
+        g = grad * factor
+        out["dalpha"] = (g * np.where(np.abs(r) > 1, np.sign(r), q - r)).sum()
+        rows = g.reshape(g.shape[0], -1)
+        if saved is not None:
+            f, a, m, n = saved["f"], saved["a"], saved["m"], rows.shape[1]
+            ghat = np.fft.fft(rows, axis=1)
+            ds = (f * np.conj(ghat)).real / n * m * (1 - m)
+            da = t.T @ ds
+            unit = np.where(a > 0, f / np.where(a > 0, a, 1), 0)
+            rows = np.fft.ifft(m * ghat, axis=1).real + n * np.fft.ifft(da * unit, axis=1).real
+            out["dt"] = ds @ a.T
+        out["dw"] = rows.reshape(w.shape) / sd
+    return out
+
+
+def fat_activation(x, alpha, bits, levels="uniform", variant="cifar", signed=False, grad=None):
+    """Forward and backward of section 5, with the project's lower clamp (and symmetric clip when signed)."""
+    r = x / alpha
+    q = fat_quantize(r, bits, levels, signed)
+    out = dict(xq=alpha * q)
+    if grad is not None:
+        low = -1 if signed else 0
+        inside = (r >= low) & (r <= 1)
+        out["dx"] = grad * inside
+        residual = q - r if variant == "cifar" else 0.0
+        out["dalpha"] = (grad * np.where(inside, residual, np.clip(r, low, 1))).sum()
+    return out
+
+
+def lsq(v, s, low, high, g=1.0, grad=None, axis=None):
+    """LSQ of baselines.md sections 3 and 4. ``s`` broadcasts to ``v``; gradients of ``s`` are summed to its shape."""
+    r = v / s
+    q = np.round(np.clip(r, low, high))
+    out = dict(vq=q * s, codes=q.astype(np.int64))
+    if grad is not None:
+        inside = (r > low) & (r < high)
+        out["dv"] = grad * inside
+        term = np.where(inside, q - r, np.where(r <= low, low, high))
+        ds = grad * term * g
+        over = tuple(i for i in range(v.ndim) if np.ndim(s) == 0 or np.shape(s)[i] == 1)
+        out["ds"] = ds.sum(axis=over, keepdims=np.ndim(s) > 0)
+    return out
+
+
+def lsq_step(v, high):
+    """``s = 2 mean|v| / sqrt(Q_P)``."""
+    return 2 * np.abs(v).mean() / np.sqrt(high)
+
+
+def minmax_weight(w, bits, axis=0, per_channel=True):
+    n = 2 ** (bits - 1) - 1
+    over = tuple(i for i in range(w.ndim) if i != axis) if per_channel else None
+    s = np.maximum(np.abs(w).max(axis=over, keepdims=True) / n, 1e-12)
+    return np.clip(np.round(w / s), -n, n) * s

@@ -1,0 +1,196 @@
+"""What every registered algorithm is tested with. A new algorithm needs entries in the two tables of references and,
+if it has options or limits worth exercising, in :data:`OPTIONS`; everything else follows from its registration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from references import fat_activation, fat_weight, lsq, minmax_weight
+
+from fat_plugins import ConfigError, TensorSpec, algorithms, get_algorithm
+
+
+class Layer(NamedTuple):
+    """Geometry of a weighted layer."""
+
+    name: str
+    shape: tuple[int, ...]
+    axis: int = 0
+
+
+LAYERS = [
+    Layer("conv3x3", (8, 4, 3, 3)),
+    Layer("conv1x1", (8, 6, 1, 1)),
+    Layer("depthwise", (6, 1, 3, 3)),
+    Layer("grouped", (8, 2, 3, 3)),
+    Layer("linear", (5, 12)),
+    Layer("transposed", (4, 6, 3, 3), 1),
+    Layer("grouped_transposed", (4, 3, 2, 2), 1),
+    Layer("conv1d", (4, 3, 5)),
+    Layer("depthwise1x1", (6, 1, 1, 1)),
+]
+CONV = LAYERS[0]
+
+#: parameter sets to exercise, beside the defaults
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "fat": [
+        {},
+        {"levels": "power_of_two"},
+        {"transform": "none"},
+        {"transform": "uniquant", "alpha": 0.5},
+        {"variant": "imagenet"},
+        {"levels": "power_of_two", "variant": "imagenet", "restore_scale": True},
+        {"restore_scale": True, "activation_alpha": 2.0},
+    ],
+    "minmax": [{}, {"momentum": 0.5}],
+}
+#: these keep tensors of their own transformation for the backward
+TRANSFORMS_WEIGHTS = {"fat"}
+BITS = (2, 3, 4, 8)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of one algorithm."""
+
+    algorithm: str
+    options: int
+    bits: int
+    role: str
+    per_channel: bool | None = None
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return OPTIONS.get(self.algorithm, [{}])[self.options]
+
+    def spec(self, layer: Layer = CONV, **changes) -> TensorSpec:
+        values = dict(role=self.role, bits=self.bits, name="layer", per_channel=self.per_channel)
+        if self.role == "weight":
+            values.update(shape=layer.shape, channel_axis=layer.axis, followed_by_norm=True)
+        return TensorSpec(**{**values, **changes})
+
+    def make(self, layer: Layer = CONV, **changes):
+        return get_algorithm(self.algorithm).make(self.spec(layer, **changes), self.params)
+
+    def ready(self, layer: Layer = CONV, signed: bool = False, seed: int = 0, **changes):
+        """A calibrated quantizer with its parameters moved a little off their initial values, and an input."""
+        quantizer = self.make(layer, **changes)
+        x = sample(layer.shape if self.role == "weight" else (4, 3, 5, 5), self.role, signed, seed)
+        quantizer.calibrate(x)
+        generator = torch.Generator().manual_seed(seed + 1)
+        with torch.no_grad():
+            for p in quantizer.parameters():
+                p.mul_(1 - 0.4 * torch.rand(p.shape, generator=generator))
+        return quantizer.eval(), x
+
+    def __str__(self) -> str:
+        words = [self.algorithm, self.role, f"{self.bits}bit", *(f"{v}" for v in self.params.values())]
+        return "-".join(words + (["per_channel"] if self.per_channel else []))
+
+
+def sample(shape, role: str = "weight", signed: bool = True, seed: int = 0) -> torch.Tensor:
+    """Deterministic values: like a trained weight, or like an activation (unsigned: after a ReLU)."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return x * 0.1 + 0.01 if role == "weight" else x if signed else x.relu()
+
+
+def cases(role: str | None = None, bits=BITS) -> list[Case]:
+    """Every algorithm x options x bits x granularity that the algorithm itself allows."""
+    found = []
+    for name, algorithm in algorithms().items():
+        for option in range(len(OPTIONS.get(name, [{}]))):
+            for r in ("weight", "activation"):
+                if role not in (None, r):
+                    continue
+                for b in bits:
+                    for per_channel in (None, True) if r == "weight" else (None,):
+                        case = Case(name, option, b, r, per_channel)
+                        try:
+                            algorithm.check(case.spec(), algorithm.parse_params(case.params))
+                        except ConfigError:
+                            continue
+                        found.append(case)
+    return found
+
+
+def run(quantizer, x: torch.Tensor, grad: torch.Tensor | None = None) -> dict[str, Any]:
+    """Forward and, with ``grad``, backward. Gradients of parameters by name."""
+    x = x.detach().clone().requires_grad_(grad is not None)
+    out = quantizer(x)
+    result: dict[str, Any] = {"out": out.detach()}
+    if grad is not None:
+        quantizer.zero_grad()
+        out.backward(grad)
+        result["dx"] = x.grad
+        result["params"] = {n: p.grad for n, p in quantizer.named_parameters()}
+    return result
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# float64 references: (quantizer in float64, x, grad) -> (out, dx, {parameter: gradient})
+# --------------------------------------------------------------------------------------------------------------------
+def _fat_weight(quantizer, x, grad):
+    params, axis = quantizer.params, quantizer.spec.channel_axis
+    t = quantizer.transform.detach().numpy() if quantizer.transform is not None else None
+    r = fat_weight(
+        np.moveaxis(x, axis, 0), t, quantizer.alpha.item(), quantizer.spec.bits, params.levels, params.transform,
+        params.restore_scale is True, np.moveaxis(grad, axis, 0),
+    )  # fmt: skip
+    gradients = {"alpha": r["dalpha"], **({"transform": r["dt"]} if t is not None else {})}
+    return np.moveaxis(r["wq"], 0, axis), np.moveaxis(r["dw"], 0, axis), gradients
+
+
+def _fat_activation(quantizer, x, grad):
+    params = quantizer.params
+    r = fat_activation(
+        x, quantizer.alpha.item(), quantizer.spec.bits, params.levels, params.variant, quantizer.signed, grad
+    )
+    return r["xq"], r["dx"], {"alpha": r["dalpha"]}
+
+
+def _lsq_weight(quantizer, x, grad):
+    b, axis = quantizer.spec.bits, quantizer.spec.channel_axis
+    low, high = -(2 ** (b - 1)), 2 ** (b - 1) - 1
+    step = quantizer.step.detach().numpy()
+    shape = [1] * x.ndim
+    shape[axis] = step.size
+    r = lsq(x, step.reshape(shape), low, high, 1 / np.sqrt(x.size / step.size * high), grad)
+    return r["vq"], r["dv"], {"step": r["ds"].reshape(-1)}
+
+
+def _lsq_activation(quantizer, x, grad):
+    b = quantizer.spec.bits
+    low, high = (-(2 ** (b - 1)), 2 ** (b - 1) - 1) if quantizer.signed else (0, 2**b - 1)
+    r = lsq(x, quantizer.step.item(), low, high, 1 / np.sqrt(x.size / x.shape[0] * high), grad)
+    return r["vq"], r["dv"], {"step": r["ds"].reshape(-1)}
+
+
+def _minmax_weight(quantizer, x, grad):
+    per_channel = quantizer.spec.per_channel is not False
+    return minmax_weight(x, quantizer.spec.bits, quantizer.spec.channel_axis, per_channel), grad, {}
+
+
+def _minmax_activation(quantizer, x, grad):
+    b = quantizer.spec.bits
+    n = 2 ** (b - 1) - 1 if quantizer.signed else 2**b - 1
+    r = lsq(x, quantizer.largest.item() / n, -n if quantizer.signed else 0, n, grad=grad)
+    inside = (x >= (-quantizer.largest.item() if quantizer.signed else 0)) & (x <= quantizer.largest.item())
+    return r["vq"], grad * inside, {}
+
+
+REFERENCES = {
+    ("fat", "weight"): _fat_weight,
+    ("fat", "activation"): _fat_activation,
+    ("lsq", "weight"): _lsq_weight,
+    ("lsq", "activation"): _lsq_activation,
+    ("minmax", "weight"): _minmax_weight,
+    ("minmax", "activation"): _minmax_activation,
+}
+
+
+def scale_invariant(case: Case) -> bool:
+    """Whether the codes do not change when the tensor is multiplied by a power of two before calibration."""
+    return not (case.params.get("transform") == "uniquant" or "activation_alpha" in case.params)
