@@ -117,6 +117,10 @@ class Quantizer(nn.Module):
         """Whether codes reach below zero."""
         return self._signed
 
+    def reset_calibration(self) -> None:
+        """Forget the calibration: the next one starts anew."""
+        self._set_status(calibrated=False)
+
     def _set_status(self, *, calibrated: bool | None = None, signed: bool | None = None) -> None:
         if calibrated is not None:
             self._calibrated = calibrated

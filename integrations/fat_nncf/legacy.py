@@ -1,0 +1,174 @@
+"""NNCF 2 (2.14 to 2.19): makes every algorithm of the registry known to NNCF's own JSON config and builders."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, NoReturn
+
+import torch
+from nncf import NNCFConfig
+from nncf.config.schema import NNCF_CONFIG_SCHEMA, REF_VS_ALGO_SCHEMA
+from nncf.torch import create_compressed_model, register_default_init_args
+from nncf.torch.algo_selector import PT_COMPRESSION_ALGORITHMS
+from nncf.torch.exporter import PTExporter
+
+from fat_nncf.legacy_builder import PluginBuilder
+from fat_nncf.legacy_quantizer import PluginQuantizer
+from fat_nncf.legacy_strip import freeze
+from fat_plugins.config import CompressionConfig, is_plugin_section, json_schema
+from fat_plugins.errors import ConfigError, HostError, unknown
+from fat_plugins.registry import Algorithm, algorithms
+
+NNCF_QUANTIZATION = "quantization"
+
+
+def quantize(*_args: Any, **_kwargs: Any) -> NoReturn:
+    """NNCF 3 only.
+
+    :raises HostError: always.
+    """
+    raise HostError(
+        "fat_nncf.quantize needs NNCF 3 (pip install 'fat-plugins[nncf]'); on NNCF 2 use create_compressed_model with "
+        "a JSON config"
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the JSON config
+# --------------------------------------------------------------------------------------------------------------------
+def _check_sections(config: Any) -> None:
+    """Our one-line errors for our sections; what is not ours is left to NNCF.
+
+    :raises ConfigError: a bad section of ours, an unknown algorithm whose name is close to one of ours, or two
+        algorithms that both quantize.
+    """
+    compression = config.get("compression") if isinstance(config, dict) else None
+    sections = compression if isinstance(compression, list) else [compression]
+    quantizing: list[str] = []
+    for i, section in enumerate(sections):
+        name = section.get("algorithm") if isinstance(section, dict) else None
+        if not isinstance(name, str):
+            continue
+        where = f"compression[{i}]" if isinstance(compression, list) else "compression"
+        if is_plugin_section(section):
+            parsed = CompressionConfig.parse(section, where)
+            _check_initializer(parsed, where)
+        elif name not in REF_VS_ALGO_SCHEMA:
+            message = unknown("algorithm", name, {*REF_VS_ALGO_SCHEMA, *algorithms()})
+            if any(f"did you mean '{own}'" in message for own in algorithms()):
+                raise ConfigError(f"{where}.algorithm: {message}")
+        if is_plugin_section(section) or name == NNCF_QUANTIZATION:
+            quantizing.append(name)
+    if len(quantizing) > 1 and quantizing != [NNCF_QUANTIZATION] * len(quantizing):
+        raise ConfigError(
+            f"compression: {' and '.join(map(repr, quantizing))} both quantize; keep one of them and use "
+            "scope_overrides for layers that need another algorithm"
+        )
+
+
+def _check_initializer(section: CompressionConfig, where: str) -> None:
+    known = REF_VS_ALGO_SCHEMA[NNCF_QUANTIZATION]["properties"]["initializer"]["properties"]
+    for key in section.initializer:
+        if key == "precision":
+            raise ConfigError(
+                f"{where}.initializer.precision: bit widths are not searched; set weights.bits, activations.bits or "
+                "scope_overrides"
+            )
+        if key not in known:
+            options = sorted(k for k in known if k != "precision")
+            raise ConfigError(f"{where}.initializer: {unknown('key', key, options)}")
+
+
+def _relaxed_schema(algorithm: type[Algorithm]) -> dict[str, Any]:
+    """The generated schema as NNCF may see it: names and descriptions. Types and allowed values are checked before,
+    by the models that the schema comes from, whose errors name the place."""
+    schema = json_schema(algorithm)
+    properties = {
+        key: {k: v for k, v in value.items() if k in ("description", "default")}
+        for key, value in schema["properties"].items()
+    }
+    properties["algorithm"] = schema["properties"]["algorithm"]
+    # NNCF's own rules hold for what is NNCF's own
+    properties["initializer"] = REF_VS_ALGO_SCHEMA[NNCF_QUANTIZATION]["properties"]["initializer"]
+    return {
+        "type": "object",
+        "description": schema.get("description", ""),
+        "properties": properties,
+        "required": ["algorithm"],
+        "additionalProperties": True,
+    }
+
+
+def _choices(node: Any) -> list[list[dict[str, str]]]:
+    """The lists of alternatives for one algorithm's section inside the schema of ``compression``."""
+    if isinstance(node, list):
+        return [found for item in node for found in _choices(item)]
+    if not isinstance(node, dict):
+        return []
+    options = node.get("oneOf", [])
+    if options and all(str(o.get("$ref", "")).startswith("#/$defs/") for o in options):
+        return [options]
+    return [found for value in node.values() for found in _choices(value)]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# ONNX
+# --------------------------------------------------------------------------------------------------------------------
+def _torchscript_export(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Before 2.18 NNCF leaves the choice of exporter to torch, whose new default cannot trace NNCF's models."""
+
+    @wraps(original)
+    def call(self: PTExporter, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        export = torch.onnx.export
+        ours = any(isinstance(m, PluginQuantizer) for m in model.modules())
+        if not ours or "dynamo" not in inspect.signature(export).parameters:
+            return original(self, model, *args, **kwargs)
+
+        def with_torchscript(*a: Any, **k: Any) -> Any:
+            return export(*a, **{"dynamo": False, **k})
+
+        torch.onnx.export = with_torchscript
+        try:
+            return original(self, model, *args, **kwargs)
+        finally:
+            torch.onnx.export = export
+
+    return call
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# registration
+# --------------------------------------------------------------------------------------------------------------------
+def register() -> None:
+    """Register every algorithm with NNCF. Runs on import; doing it again changes nothing."""
+    for name, algorithm in algorithms().items():
+        if name in PT_COMPRESSION_ALGORITHMS.registry_dict:
+            continue
+        builder = type(f"{algorithm.__name__}Builder", (PluginBuilder,), {"__doc__": algorithm.title})
+        PT_COMPRESSION_ALGORITHMS.register(name)(builder)
+        REF_VS_ALGO_SCHEMA[name] = _relaxed_schema(algorithm)
+        seen: set[int] = set()
+        for options in _choices(NNCF_CONFIG_SCHEMA["properties"]["compression"]):
+            if id(options) not in seen:  # some versions use one list in both branches
+                seen.add(id(options))
+                options.append({"$ref": f"#/$defs/{name}"})
+    if not getattr(NNCFConfig.validate, "checks_plugins", False):
+        NNCFConfig.validate = staticmethod(_with_check(NNCFConfig.validate))
+        PTExporter._torch_export_call = _torchscript_export(PTExporter._torch_export_call)
+
+
+def _with_check(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    @wraps(original)
+    def validate(loaded_json: dict[str, Any]) -> None:
+        _check_sections(loaded_json)
+        original(loaded_json)
+
+    validate.checks_plugins = True
+    return validate
+
+
+register()
+
+__all__ = ["NNCFConfig", "create_compressed_model", "freeze", "quantize", "register", "register_default_init_args"]

@@ -1,0 +1,86 @@
+"""NNCF 2: the weights as our quantizers see them, and how quantizers are initialised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from nncf.torch.initialization import SimpleDataLoaderRunner
+from nncf.torch.layer_utils import ProxyModule
+from nncf.torch.module_operations import UpdateParameter, UpdateParameterList
+from nncf.torch.nncf_network import NNCFNetwork
+from nncf.torch.utils import training_mode_switcher
+from torch import Tensor, nn
+
+from fat_nncf.legacy_quantizer import PluginQuantizer
+
+#: batches of the registered loader that algorithms calibrated by data see at most
+DATA_BATCHES = 8
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, PluginQuantizer]]:
+    """Every layer whose weight we quantize: the layer, the key of the operation in it, the quantizer."""
+    for module in model.modules():
+        if isinstance(ops := getattr(module, "pre_ops", None), nn.ModuleDict):
+            for key, op in ops.items():
+                if isinstance(getattr(op, "op", None), PluginQuantizer):
+                    yield module, key, op.op
+
+
+def operand(module: nn.Module, quantizer: PluginQuantizer) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias as they reach the quantizer: after the masks of other algorithms, in evaluation mode."""
+    proxy = ProxyModule(module)
+    with torch.no_grad():
+        for op in module.pre_ops.values():
+            if getattr(op, "op", None) is quantizer:
+                break
+            if isinstance(op, (UpdateParameter, UpdateParameterList)):
+                with training_mode_switcher(op, is_training=False):
+                    op(proxy, None)
+    return proxy.weight.detach(), getattr(proxy, "bias", None)
+
+
+def calibrate_weights(model: nn.Module) -> None:
+    """Initialise every weight quantizer from the weight that reaches it."""
+    for module, _, quantizer in quantized_layers(model):
+        quantizer.core.calibrate(operand(module, quantizer)[0])
+
+
+@contextmanager
+def _observing(model: nn.Module, quantizers: list[PluginQuantizer]) -> Iterator[None]:
+    """The float network runs; ``quantizers`` watch, and layers whose weight quantizer wants its input show it."""
+    others = [m for m in model.modules() if isinstance(m, PluginQuantizer) and m.is_enabled_quantization()]
+    hooks = []
+    for module, _, quantizer in quantized_layers(model):
+        if quantizer.core.needs_input:
+            observe = quantizer.core.observe_input
+            hooks.append(module.register_forward_pre_hook(lambda _m, args, f=observe: f(args[0].detach())))
+    for quantizer in others:
+        quantizer.disable_quantization()
+    for quantizer in quantizers:
+        quantizer.observing = True
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.observing = False
+        for quantizer in others:
+            quantizer.enable_quantization()
+        for hook in hooks:
+            hook.remove()
+
+
+def calibrate_on_data(model: NNCFNetwork, range_init_params: Any) -> None:
+    """Show batches of the registered loader to the quantizers that are calibrated by data."""
+    quantizers = [m for m in model.modules() if isinstance(m, PluginQuantizer) and m.from_data]
+    if not quantizers and not any(q.core.needs_input for _, _, q in quantized_layers(model)):
+        return
+    for quantizer in quantizers:
+        quantizer.core.reset_calibration()
+    runner = SimpleDataLoaderRunner(model, range_init_params.device)
+    runner.progressbar_description = "Calibrating quantizers"
+    steps = min(DATA_BATCHES, range_init_params.get_max_num_init_steps())
+    with _observing(model, quantizers), training_mode_switcher(model, is_training=False):
+        runner.run(range_init_params.init_range_data_loader, steps)

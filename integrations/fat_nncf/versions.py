@@ -1,0 +1,72 @@
+"""Which generation of NNCF is installed, and what has to be set before it is imported."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+from fat_plugins.errors import HostError
+
+LEGACY_VARIABLE = "NNCF_TORCH_LEGACY_TRACING"
+_ON = ("1", "on", "true")
+#: first version whose legacy path needs the variable, and first version without that path
+_VARIABLE_SINCE, _LEGACY_UNTIL = (2, 17), (3, 0)
+_LOWEST, _BELOW = (2, 14), (4, 0)
+
+
+def nncf_version() -> tuple[int, ...]:
+    """Version of the installed NNCF as ``(major, minor, patch)``, found without importing it.
+
+    :raises HostError: NNCF is absent or outside the supported range.
+    """
+    try:
+        text = version("nncf")
+    except PackageNotFoundError:
+        raise HostError(
+            "fat_nncf needs NNCF: pip install 'fat-plugins[nncf]', or 'fat-plugins[nncf-legacy]' for the JSON config "
+            "of NNCF 2"
+        ) from None
+    found = tuple(int(n) for n in re.findall(r"\d+", text)[:3])
+    if not _LOWEST <= found < _BELOW:
+        raise HostError(
+            f"nncf {text} is not supported, allowed: 2.14 to 3.x; pip install 'fat-plugins[nncf]', or "
+            "'fat-plugins[nncf-legacy]' for the JSON config of NNCF 2"
+        )
+    return found
+
+
+def generation() -> int:
+    """2 (``create_compressed_model`` is NNCF's own) or 3 (function hooks); prepares the environment for it.
+
+    NNCF 2.17 to 2.19 read ``NNCF_TORCH_LEGACY_TRACING`` when ``nncf.torch`` is imported. It is set here unless the user
+    set it; an explicit 0 asks for the function hooks, which these versions have too.
+
+    :raises HostError: NNCF is absent, unsupported, or was already imported in the other mode.
+    """
+    found = nncf_version()
+    if found >= _LEGACY_UNTIL:
+        return 3
+    if found < _VARIABLE_SINCE:
+        return 2
+    imported = "nncf.torch" in sys.modules
+    if imported and LEGACY_VARIABLE not in os.environ:
+        raise HostError(
+            f"nncf.torch was imported before fat_nncf without legacy tracing: import fat_nncf first, or set "
+            f"{LEGACY_VARIABLE}=1 (=0 for the function hooks) in the environment"
+        )
+    if os.environ.setdefault(LEGACY_VARIABLE, "1").lower() not in _ON:
+        return 3
+    if imported and not _operators_are_wrapped():
+        raise HostError(
+            f"nncf.torch was imported before {LEGACY_VARIABLE}=1 was set: import fat_nncf first, or set the variable "
+            "in the environment"
+        )
+    return 2
+
+
+def _operators_are_wrapped() -> bool:
+    from nncf.torch.dynamic_graph.patch_pytorch_state import PATCHING_STATE
+
+    return bool(PATCHING_STATE.operators_are_wrapped)
