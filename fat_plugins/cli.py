@@ -1,0 +1,252 @@
+"""Command line ``fat-plugins``. Exit codes: 0 fine, 1 a check failed, 2 bad input or a missing part."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fat_plugins.errors import ConfigError, FatPluginsError
+
+# fat_plugins.recipes is imported where it is needed: `--help` and `algorithms` stay quick
+
+OK, FAILED, BAD_INPUT = 0, 1, 2
+
+app = typer.Typer(
+    name="fat-plugins",
+    help="Low-bit quantization-aware training: train recipes, export to OpenVINO, prove that codes are equal.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+_state = {"debug": False}
+
+
+def _version(show: bool) -> None:
+    if show:
+        from fat_plugins import __version__
+
+        typer.echo(f"fat-plugins {__version__}")
+        raise typer.Exit(OK)
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    _state["debug"] = debug
+
+
+def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Errors raised on purpose become one line on standard error and exit code 2."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (FatPluginsError, OSError) as error:
+            if _state["debug"]:
+                traceback.print_exc()
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(BAD_INPUT) from None
+
+    return run
+
+
+def _console() -> Console:
+    # a pipe or a file has no width of its own: do not fold tables there
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an earlier run; it stays until the new one is complete.")
+]
+Which = Annotated[
+    str | None, typer.Option("--checkpoint", help="'last' or 'best'; default: the one that the recipe names.")
+]
+Run = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Directory of a run, e.g. runs/demo or runs/demo/baselines/lsq.")
+]
+
+
+@app.command()
+@_one_line_errors
+def algorithms(as_json: Json = False) -> None:
+    """List the algorithms: paper, bit widths, and how faithful the implementation is."""
+    from fat_plugins.registry import algorithms as registered
+
+    rows = [
+        {
+            "name": a.name,
+            "title": a.title,
+            "paper": a.paper,
+            "arxiv": a.arxiv,
+            "weight_bits": list(a.weight_bits),
+            "activation_bits": list(a.activation_bits),
+            "fidelity": a.fidelity,
+        }
+        for a in registered().values()
+    ]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table(show_lines=True)
+    for column in ("name", "title", "paper", "arXiv", "weights", "activations", "fidelity"):
+        table.add_column(column, overflow="fold")
+    for r in rows:
+        weights, activations = (f"{low} to {high} bit" for low, high in (r["weight_bits"], r["activation_bits"]))
+        table.add_row(r["name"], r["title"], r["paper"], r["arxiv"] or "-", weights, activations, r["fidelity"])
+    _console().print(table)
+
+
+@app.command()
+@_one_line_errors
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run directory; default: runs/<name>.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=0, help="Fine-tuning epochs, of every stage.")] = None,
+    pretrain_epochs: Annotated[int | None, typer.Option(min=0, help="Epochs of float training.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(min=0, help="Seed; give it again for more.")] = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a recipe: float, quantized, baselines; then export, verify and report."""
+    _train(recipe, output, epochs, pretrain_epochs, seed, overwrite, quiet)
+
+
+@app.command()
+@_one_line_errors
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Run directory.")] = Path("runs/demo"),
+    seed: Annotated[list[int] | None, typer.Option(min=0, help="Seed; give it again for more.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=0, help="Fine-tuning epochs.")] = None,
+    pretrain_epochs: Annotated[int | None, typer.Option(min=0, help="Epochs of float training.")] = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """The main job on real handwritten digits: FAT and LSQ at 4 bits, exported and verified, in about two minutes."""
+    _train("digits_fat_w4a4", output, epochs, pretrain_epochs, seed, overwrite, quiet)
+
+
+def _train(
+    name: str,
+    output: Path | None,
+    epochs: int | None,
+    pretrain_epochs: int | None,
+    seeds: list[int] | None,
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    from fat_plugins.recipes import Reporter, load_recipe
+    from fat_plugins.recipes import train as run
+
+    recipe = load_recipe(name)
+    if epochs is not None:
+        recipe.training.epochs = epochs
+        for stage in recipe.training.stages:
+            stage.epochs = None
+    if pretrain_epochs is not None:
+        recipe.pretrain.epochs = pretrain_epochs
+    if seeds:
+        if len(set(seeds)) != len(seeds):
+            raise ConfigError(f"--seed: {seeds} repeat each other")
+        recipe.seeds = list(seeds)
+    target = output or Path("runs") / recipe.name
+    report = run(recipe, target, overwrite=overwrite, reporter=Reporter(quiet))
+    console = _console()
+    for table in report.tables():
+        console.print(table)
+    for key, value in report.facts.items():
+        console.print(f"{key}: {value}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Run directory: {target}", markup=False, highlight=False, soft_wrap=True)
+    if not report.verified:
+        for result in report.results:
+            if result.deployment is not None and result.deployment.verified is False:
+                first = result.deployment.first_difference
+                typer.echo(f"failed: {result.algorithm}, seed {result.seed}: codes differ first in {first}", err=True)
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+@_one_line_errors
+def export(
+    run: Run,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File ending in .xml; default: RUN/export/model.xml.")
+    ] = None,
+    checkpoint: Which = None,
+) -> None:
+    """Write the OpenVINO model of a run again, from its checkpoint."""
+    from fat_plugins.recipes import load_run, model_path
+    from fat_plugins.recipes.deploy import require_openvino
+
+    require_openvino()
+    loaded = load_run(run, _which(checkpoint))
+    path = output or model_path(run)
+    if output is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    report = loaded.host.export(loaded.model, path, loaded.data.example)
+    ratio = report.float_bytes / report.weights_bytes
+    typer.echo(f"{path}: weights {report.weights_bytes:,} B, {ratio:.2f} times smaller than float32")
+    for note in report.notes:
+        typer.echo(f"note: {note}", err=True)
+
+
+@app.command()
+@_one_line_errors
+def verify(
+    run: Run,
+    model: Annotated[
+        Path | None, typer.Option("--model", help="File ending in .xml; default: RUN/export/model.xml.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Test images to use; default: the recipe's.")] = None,
+    checkpoint: Which = None,
+    as_json: Json = False,
+) -> None:
+    """Compare integer codes between torch and the exported model, layer by layer. Exit code 1 if any differ."""
+    from fat_plugins.recipes import load_run, model_path
+    from fat_plugins.recipes.deploy import require_openvino, verify_model
+
+    require_openvino()
+    loaded = load_run(run, _which(checkpoint))
+    settings = loaded.recipe.export
+    count = samples or (settings.verify_samples if settings is not None else 64)
+    images = loaded.data.test.tensors[0][:count]
+    report = verify_model(loaded.host, loaded.model, model or model_path(run), images)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        _console().print(report.to_table())
+    if not report.ok:
+        typer.echo(f"failed: codes differ first in {report.first_difference}", err=True)
+        raise typer.Exit(FAILED)
+
+
+def _which(checkpoint: str | None) -> str | None:
+    if checkpoint not in (None, "last", "best"):
+        raise ConfigError(f"--checkpoint: unknown checkpoint {checkpoint!r}; allowed: last, best")
+    return checkpoint
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

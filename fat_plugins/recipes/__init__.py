@@ -1,0 +1,26 @@
+"""Recipes: a whole training run in one YAML file, and the directory of what came out of it."""
+
+from fat_plugins.recipes.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fat_plugins.recipes.loader import dump_recipe, find_recipe, load_recipe, shipped
+from fat_plugins.recipes.progress import Reporter
+from fat_plugins.recipes.report import RunReport
+from fat_plugins.recipes.run import LoadedRun, checkpoint_path, load_run, model_path, train
+from fat_plugins.recipes.schema import Recipe
+
+__all__ = [
+    "Checkpoint",
+    "LoadedRun",
+    "Recipe",
+    "Reporter",
+    "RunReport",
+    "checkpoint_path",
+    "dump_recipe",
+    "find_recipe",
+    "load_checkpoint",
+    "load_recipe",
+    "load_run",
+    "model_path",
+    "save_checkpoint",
+    "shipped",
+    "train",
+]

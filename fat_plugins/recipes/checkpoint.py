@@ -1,0 +1,164 @@
+"""Checkpoints: one safetensors file that holds the model's state and, in its header, a JSON description.
+
+One file is moved into place at once, so weights and description can never belong to different moments.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from fat_plugins.errors import CheckpointError, nearest
+
+FORMAT = 1
+_KEY = "fat_plugins"
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint file holds.
+
+    :param state: the model's state dict, tensors on the CPU.
+    :param config: the NNCF config that compressed the model, ``None`` for a float model.
+    :param compression_state: what the host needs to rebuild the quantizers (JSON types), ``None`` for a float model.
+    :param recipe: the resolved recipe.
+    :param progress: where training stood: variant, seed, stage, epoch.
+    :param metrics: loss and accuracy at that moment.
+    """
+
+    state: dict[str, Tensor]
+    config: dict[str, Any] | None = None
+    compression_state: Any = None
+    recipe: dict[str, Any] = field(default_factory=dict)
+    progress: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then move it there; an earlier file survives a failure.
+
+    :raises CheckpointError: the directory cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from None
+    temporary = Path(name)
+    try:
+        write(temporary)
+        # mkstemp makes it private; give it the rights that any new file gets
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A UTF-8 text file, moved into place."""
+    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, data: Any) -> None:
+    """A JSON file, moved into place."""
+    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+def cpu_state(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of a model's state, contiguous and on the CPU (tensors that share memory are stored one by one)."""
+    return {
+        k: v.detach().cpu().clone().contiguous() for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)
+    }
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint.
+
+    :raises CheckpointError: the description is not JSON, or the file cannot be written.
+    """
+    description = {k: v for k, v in vars(checkpoint).items() if k != "state"}
+    try:
+        text = json.dumps({"format": FORMAT, **description})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"cannot write {path}: its description is not JSON: {error}") from None
+    data = save(checkpoint.state, metadata={_KEY: text})
+    write_atomically(path, lambda p: p.write_bytes(data))
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    :raises CheckpointError: missing, truncated or foreign file, or one of a newer layout.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint {path}")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get(_KEY)
+            if text is None:
+                raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of fat-plugins")
+            description = json.loads(text)
+            state = {k: file.get_tensor(k) for k in file.keys()}
+    except (SafetensorError, OSError, struct.error, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from None
+    if description.pop("format", None) != FORMAT:
+        raise CheckpointError(f"{path}: unknown checkpoint layout; allowed: {FORMAT}; upgrade fat-plugins")
+    try:
+        return Checkpoint(state=state, **description)
+    except TypeError:
+        raise CheckpointError(f"{path}: unknown entries in the checkpoint's description") from None
+
+
+def check_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Refuse a state that is not the model's own.
+
+    :raises CheckpointError: names the first key that is missing, unknown or of another shape.
+    """
+    own = {k: v for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+    for key, value in own.items():
+        if key not in state:
+            raise CheckpointError(f"{where}: belongs to another model: no {key!r} in it{nearest(key, state)}")
+        if tuple(state[key].shape) != tuple(value.shape):
+            raise CheckpointError(
+                f"{where}: belongs to another model: {key!r} has shape {tuple(state[key].shape)}, "
+                f"the model's has {tuple(value.shape)}"
+            )
+    foreign = next((k for k in state if k not in own), None)
+    if foreign is not None:
+        raise CheckpointError(f"{where}: belongs to another model: the model has no {foreign!r}{nearest(foreign, own)}")
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Load ``state`` into ``model``, which it must fit exactly.
+
+    :raises CheckpointError: see :func:`check_state`; nothing is loaded then.
+    """
+    check_state(model, state, where)
+    model.load_state_dict(state, strict=False)
+
+
+def load_fitting(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
+    """Load those entries that the model has in the same shape.
+
+    :return: keys of the model that found nothing.
+    """
+    own = {k: v for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+    fitting = {k: v for k, v in state.items() if k in own and tuple(v.shape) == tuple(own[k].shape)}
+    model.load_state_dict(fitting, strict=False)
+    return [k for k in own if k not in fitting]

@@ -1,0 +1,256 @@
+"""The recipe as pydantic models. Unknown keys are errors and types are not guessed; see :mod:`loader` for files."""
+
+from __future__ import annotations
+
+import re
+from copy import deepcopy
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from torch import nn
+
+from fat_plugins.config import CompressionConfig, Section, explain, is_plugin_section, split_sections
+from fat_plugins.errors import ConfigError, unknown
+from fat_plugins.recipes.data import DATASETS, Data
+from fat_plugins.recipes.models import MODELS
+from fat_plugins.registry import algorithms, get_algorithm
+
+_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 5e-4 (no point) as text; nobody means that."""
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+
+
+def _options(kind: str, registry: dict[str, tuple[type, Any]], name: str, params: dict[str, Any]) -> BaseModel:
+    """Options of a registered dataset or model, validated."""
+    model = registry[name][0]
+    try:
+        return model.model_validate(params)
+    except ValidationError as error:
+        raise ConfigError(explain(error, model, f"{kind}.params")) from None
+
+
+class ModelSection(Section):
+    """Which network."""
+
+    name: str = Field(description="Name of a registered model.")
+    params: dict[str, Any] = Field(default_factory=dict, description="Options of the model.")
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in MODELS:
+            raise ValueError(unknown("model", value, MODELS))
+        return value
+
+    def build(self, data: Data) -> nn.Module:
+        """A fresh model for ``data``; its weights come from torch's global random generator."""
+        return MODELS[self.name][1](_options("model", MODELS, self.name, self.params), data.sample_shape, data.classes)
+
+
+class DataSection(Section):
+    """Which images."""
+
+    name: str = Field(description="Name of a registered dataset.")
+    batch_size: int = Field(64, ge=2, description="Images per optimizer step.")
+    params: dict[str, Any] = Field(default_factory=dict, description="Options of the dataset.")
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in DATASETS:
+            raise ValueError(unknown("dataset", value, DATASETS))
+        return value
+
+    def build(self) -> Data:
+        """The dataset, read and split."""
+        return DATASETS[self.name][1](_options("data", DATASETS, self.name, self.params))
+
+
+class OptimizerSection(Section):
+    """Optimizer by name."""
+
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: Number = Field(gt=0, description="Learning rate of the weights; algorithms derive their own from it.")
+    weight_decay: Number = Field(0.0, ge=0)
+    momentum: Number | None = Field(None, ge=0, lt=1, description="sgd only; 0.9 unless given.")
+    nesterov: bool = Field(False, description="sgd only.")
+
+    @model_validator(mode="after")
+    def _sgd_only(self) -> OptimizerSection:
+        if self.name != "sgd" and (self.momentum is not None or self.nesterov):
+            raise ValueError(f"momentum and nesterov belong to 'sgd', not to '{self.name}'")
+        return self
+
+
+class ScheduleSection(Section):
+    """Course of the learning rate over one phase of training."""
+
+    name: Literal["cosine", "multistep", "constant"] = "cosine"
+    warmup_epochs: Number = Field(0.0, ge=0, description="Linear rise at the beginning.")
+    milestones: list[int] = Field(default_factory=list, description="multistep: epochs at which the rate drops.")
+    gamma: Number = Field(0.1, gt=0, le=1, description="multistep: factor of each drop.")
+
+    @model_validator(mode="after")
+    def _milestones(self) -> ScheduleSection:
+        if (self.name == "multistep") != bool(self.milestones):
+            raise ValueError("milestones belong to 'multistep', which needs at least one")
+        return self
+
+
+class TrainSection(Section):
+    """One phase of training."""
+
+    epochs: int = Field(ge=0)
+    optimizer: OptimizerSection
+    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
+    label_smoothing: Number = Field(0.0, ge=0, lt=1)
+
+
+class StageTensor(Section):
+    """Bit width of one stage."""
+
+    bits: int = Field(description="Replaces the width that the compression section gives.")
+
+
+class Stage(Section):
+    """One step of a bit progression such as 32 -> 5 -> 4 -> 3; each starts from the state that the last one left."""
+
+    weights: StageTensor | None = None
+    activations: StageTensor | None = None
+    epochs: int | None = Field(None, ge=1, description="Epochs of this stage; those of training unless given.")
+    lr: Number | None = Field(None, gt=0, description="Learning rate of this stage; that of training unless given.")
+    carry: Literal["all", "weights"] = Field(
+        "all",
+        description="What is taken from the stage before: everything that fits in shape, or all but the quantizers' "
+        "own state, which is then calibrated anew.",
+    )
+
+
+class FineTuneSection(TrainSection):
+    """Training with quantizers."""
+
+    stages: list[Stage] = Field(default_factory=lambda: [Stage()], min_length=1)
+
+
+class ExportSection(Section):
+    """What is deployed."""
+
+    format: Literal["openvino"] = "openvino"
+    checkpoint: Literal["last", "best"] = Field("last", description="'best' is chosen on the validation images.")
+    verify: bool = Field(True, description="Compare integer codes of the exported file with torch.")
+    verify_samples: int = Field(64, ge=1, description="Test images used for that.")
+
+
+class BaselineSection(Section):
+    """Another algorithm with the same bits, epochs and float weights."""
+
+    algorithm: str
+    params: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("algorithm")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in algorithms():
+            raise ValueError(unknown("algorithm", value, algorithms()))
+        return value
+
+
+def _baseline(value: Any) -> Any:
+    return {"algorithm": value} if isinstance(value, str) else value
+
+
+class Recipe(BaseModel):
+    """A whole run. ``compression`` is a complete NNCF config once the recipe is loaded."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run's directory.")
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [0], min_length=1)
+    model: ModelSection
+    data: DataSection
+    host: str = "nncf"
+    compression: Any = Field(description="An NNCF compression section, a list of them, or a config with both.")
+    pretrain: TrainSection
+    training: FineTuneSection
+    export: ExportSection | None = Field(default_factory=ExportSection)
+    baselines: list[Annotated[BaselineSection, BeforeValidator(_baseline)]] = Field(default_factory=list)
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, value: list[int]) -> list[int]:
+        if len(set(value)) != len(value):
+            raise ValueError("seeds must differ from each other")
+        return value
+
+    def check(self) -> None:
+        """Everything that the models above cannot see alone: options, the compression section at every stage.
+
+        :raises ConfigError: one line with the key's path.
+        """
+        _options("model", MODELS, self.model.name, self.model.params)
+        _options("data", DATASETS, self.data.name, self.data.params)
+        self.compression = complete_config(self.compression)
+        names = [self.algorithm, *(b.algorithm for b in self.baselines)]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"baselines: {names[1:]} repeat each other or the recipe's own algorithm '{names[0]}'")
+        for i, baseline in enumerate(self.baselines):
+            get_algorithm(baseline.algorithm).parse_params(baseline.params, f"baselines.{i}.params")
+        for variant in (None, *self.baselines):
+            for i, stage in enumerate(self.training.stages):
+                config = self.config_for(variant, stage)
+                CompressionConfig.parse(plugin_section(config), f"compression (training.stages.{i})")
+
+    @property
+    def algorithm(self) -> str:
+        """Name of the recipe's own algorithm."""
+        return plugin_section(self.compression)["algorithm"]
+
+    def config_for(self, baseline: BaselineSection | None, stage: Stage) -> dict[str, Any]:
+        """The NNCF config of one stage, for the recipe's own algorithm or a baseline in its place."""
+        config = deepcopy(self.compression)
+        section = plugin_section(config)
+        if baseline is not None:
+            section["algorithm"] = baseline.algorithm
+            section["params"] = dict(baseline.params)
+        for group in ("weights", "activations"):
+            tensor: StageTensor | None = getattr(stage, group)
+            if tensor is not None:
+                section[group] = {**section.get(group, {}), "bits": tensor.bits}
+        return config
+
+    def phase(self, stage: Stage) -> TrainSection:
+        """Training settings of one stage."""
+        t = self.training
+        optimizer = t.optimizer if stage.lr is None else t.optimizer.model_copy(update={"lr": float(stage.lr)})
+        epochs = t.epochs if stage.epochs is None else stage.epochs
+        return TrainSection.model_construct(
+            epochs=epochs, optimizer=optimizer, schedule=t.schedule, label_smoothing=t.label_smoothing
+        )
+
+
+def complete_config(compression: Any) -> dict[str, Any]:
+    """A section, a list of sections or a config as a config; the section of this package in it is validated.
+
+    :raises ConfigError: none or several sections name an algorithm of this package, or the section is wrong.
+    """
+    whole = isinstance(compression, dict) and "compression" in compression
+    config = deepcopy(compression) if whole else {"compression": deepcopy(compression)}
+    CompressionConfig.parse(plugin_section(config))
+    return config
+
+
+def plugin_section(config: dict[str, Any]) -> dict[str, Any]:
+    """The one section of ``config`` that names an algorithm of this package."""
+    sections = split_sections(config["compression"])
+    ours = [s for s in sections if is_plugin_section(s)]
+    if not ours:
+        raise ConfigError(f"compression.algorithm: {unknown('algorithm', sections[-1]['algorithm'], algorithms())}")
+    if len(ours) > 1:
+        raise ConfigError(f"compression: {len(ours)} sections name algorithms of this package, allowed: one")
+    return ours[0]

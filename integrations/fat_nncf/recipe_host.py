@@ -1,0 +1,63 @@
+"""NNCF as the host of a recipe (entry point ``fat_plugins.hosts``); the same code serves both generations."""
+
+from __future__ import annotations
+
+import logging
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from fat_plugins.errors import HostError
+
+
+class NNCFHost:
+    """See :class:`fat_plugins.recipes.hosts.Host`.
+
+    :raises HostError: NNCF is absent or has an unsupported version.
+    """
+
+    def __init__(self) -> None:
+        import fat_nncf
+
+        self._fat_nncf = fat_nncf
+        logging.getLogger("nncf").setLevel(logging.WARNING)  # a recipe run has its own progress
+
+    def versions(self) -> dict[str, str]:
+        """Version of NNCF."""
+        return {"nncf": version("nncf")}
+
+    def compress(
+        self,
+        model: nn.Module,
+        config: dict[str, Any],
+        loader: DataLoader,
+        example_input: Tensor,
+        compression_state: Any = None,
+    ) -> tuple[Any, nn.Module]:
+        """Place and initialise quantizers by the NNCF config."""
+        shape = list(config.get("input_info", {}).get("sample_size", example_input.shape))
+        if shape[1:] != list(example_input.shape[1:]):
+            raise HostError(
+                f"compression: input_info.sample_size is {shape}, the data gives {list(example_input.shape)}"
+            )
+        config = {"input_info": {"sample_size": list(example_input.shape)}, **config}
+        nncf_config = self._fat_nncf.NNCFConfig.from_dict(config)
+        nncf_config = self._fat_nncf.register_default_init_args(nncf_config, loader)
+        return self._fat_nncf.create_compressed_model(
+            model, nncf_config, compression_state=compression_state, dump_graphs=False
+        )
+
+    def compression_state(self, controller: Any) -> Any:
+        """What rebuilds the compressed model."""
+        return controller.get_compression_state()
+
+    def freeze(self, model: nn.Module) -> nn.Module:
+        """Copy with frozen quantizers."""
+        return self._fat_nncf.freeze(model)
+
+    def export(self, model: nn.Module, path: Path, example: Tensor) -> Any:
+        """Write an OpenVINO IR."""
+        return self._fat_nncf.export_openvino(model, path, example)
