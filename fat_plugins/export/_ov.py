@@ -52,7 +52,8 @@ _MINI_IR = """<?xml version="1.0"?>
 <layer id="0" name="c" type="Const" version="opset1">
 <data element_type="{element}" shape="{shape}" offset="0" size="{size}"/>
 <output><port id="0" precision="{upper}">{dims}</port></output></layer>
-<layer id="1" name="r" type="Result" version="opset1"><input><port id="0" precision="{upper}">{dims}</port></input></layer>
+<layer id="1" name="r" type="Result" version="opset1">
+<input><port id="0" precision="{upper}">{dims}</port></input></layer>
 </layers><edges><edge from-layer="0" from-port="0" to-layer="1" to-port="0"/></edges></net>"""
 
 
@@ -82,3 +83,10 @@ def any_value(value: Any) -> Any:
 def scalar(value: float, dtype: Any = np.float32) -> Any:
     """Scalar constant."""
     return opset().constant(np.asarray(value, dtype=dtype))
+
+
+def first_line(error: Exception) -> str:
+    """The line of an OpenVINO or torch exception that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    noise = ("Check", "Exception from", "Traceback")
+    return next((line for line in lines if not line.startswith(noise)), type(error).__name__)

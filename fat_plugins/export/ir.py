@@ -22,7 +22,8 @@ from fat_plugins.export.packing import Storage, choose_storage, collapse
 from fat_plugins.forms import Form, UniformGrid
 from fat_plugins.frozen import FrozenActivation, FrozenWeight, frozen_modules
 
-#: friendly names: a quantized layer has the layer's own name, its parts and the activation quantizers these prefixes
+#: friendly names: a quantized layer has the layer's own name, its weight and the activation quantizers these prefixes;
+#: what belongs to them inside is named ``<that>|<part>``
 WEIGHT, QUANTIZE = "weight:", "quantize:"
 _SHAPE_ONLY = ("Reshape", "Unsqueeze", "Squeeze")
 LAYER_TYPES = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData", "MatMul")
@@ -202,7 +203,7 @@ def _integers(module: FrozenWeight, shape: tuple[int, ...]) -> tuple[Any, Storag
         raise ExportError(f"{name}: codes {codes.min()} .. {codes.max()} lie outside the form's {low} .. {high}")
     storage = choose_storage(low, high, _ov.storage_types())
     stored = _ov.packed_constant(codes + storage.zero_point, storage)
-    stored.set_friendly_name(f"{WEIGHT}{name}/codes")
+    stored.set_friendly_name(f"{WEIGHT}{name}|codes")
     if not isinstance(form, UniformGrid):
         levels = module.levels.detach().cpu().numpy()
         table = levels.astype(np.int8 if _fits(levels, -128, 127) else np.float32)
@@ -214,7 +215,7 @@ def _integers(module: FrozenWeight, shape: tuple[int, ...]) -> tuple[Any, Storag
         out = stored if storage.element == "i8" else op.convert(stored, "i8")
         if storage.zero_point:
             out = op.subtract(out, _ov.scalar(storage.zero_point, np.int8))
-    out.set_friendly_name(f"{WEIGHT}{name}/integers")
+    out.set_friendly_name(f"{WEIGHT}{name}|integers")
     return out.output(0), storage
 
 
@@ -343,9 +344,9 @@ def _uniform(source: Any, form: UniformGrid, entry: Entry) -> Any:
             value = op.clamp(source, float(np.float32(form.low * scale)), float(np.float32(form.high * scale)))
         else:
             bounded = op.maximum(source, op.constant((form.low * scale).astype(np.float32)))
-            bounded.set_friendly_name(f"{QUANTIZE}{entry.name}/low")
+            bounded.set_friendly_name(f"{QUANTIZE}{entry.name}|low")
             value = op.minimum(bounded, op.constant((form.high * scale).astype(np.float32)))
-        value.set_friendly_name(f"{QUANTIZE}{entry.name}/clamp")
+        value.set_friendly_name(f"{QUANTIZE}{entry.name}|clamp")
     if scale.ndim:
         entry.notes.append("one scale per channel: its readers run in float")
     if high - low > 255:
@@ -361,11 +362,14 @@ def _staircase(source: Any, form: Any, entry: Entry) -> Any:
     total: Any = _ov.scalar(float(levels[0]))
     for i, threshold in enumerate(form.thresholds.detach().cpu().double().numpy()):
         above = op.greater(source, op.constant(_largest_below(threshold, scale.astype(np.float32))))
-        above.set_friendly_name(f"{prefix}/above{i}")
-        term = op.multiply(op.convert(above, "f32"), _ov.scalar(float(steps[i])))
+        above.set_friendly_name(f"{prefix}|above{i}")
+        one = op.convert(above, "f32")
+        term = op.multiply(one, _ov.scalar(float(steps[i])))
         total = op.add(total, term)
+        for node, part in ((one, "one"), (term, "term"), (total, "sum")):
+            node.set_friendly_name(f"{prefix}|{part}{i}")
     value = op.multiply(total, op.constant(scale.astype(np.float32)))
-    value.set_friendly_name(f"{prefix}/value")
+    value.set_friendly_name(f"{prefix}|value")
     low, high = _carrier(int(levels[0]), int(levels[-1]))
     if high - low > 255 or scale.ndim:
         entry.notes.append("levels beyond 8 bits or a scale per channel: its readers run in float")

@@ -153,17 +153,12 @@ def _convert(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool) 
             warnings.simplefilter("ignore")  # the tracer's remarks on shapes are no business of the user
             result = ov.convert_model(model, example_input=example, input=shapes, extension=converter.extensions())
     except Exception as error:
-        raise ExportError(f"OpenVINO {ov.__version__} cannot convert the model: {_first_line(error)}") from error
+        raise ExportError(f"OpenVINO {ov.__version__} cannot convert the model: {_ov.first_line(error)}") from error
     if not converter.entries:
         raise ExportError("no frozen quantizer is reached by the model's forward")
     rewrite(result, converter.entries)
     result.validate_nodes_and_infer_types()
     return result, converter.entries
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if not line.startswith(("Check", "Exception from"))), type(error).__name__)
 
 
 def _layer_report(entry: Entry) -> LayerReport:
@@ -208,7 +203,7 @@ def read_model(path: str | os.PathLike) -> Any:
     try:
         return _ov.openvino().Core().read_model(str(path))
     except Exception as error:
-        raise ExportError(f"{path}: OpenVINO cannot read it: {_first_line(error)}") from None
+        raise ExportError(f"{path}: OpenVINO cannot read it: {_ov.first_line(error)}") from None
 
 
 def _save(model: Any, path: Path) -> None:
@@ -218,7 +213,7 @@ def _save(model: Any, path: Path) -> None:
         os.replace(temporary.with_suffix(".bin"), path.with_suffix(".bin"))
         os.replace(temporary, path)
     except Exception as error:
-        raise ExportError(f"{path}: cannot be written: {_first_line(error)}") from error
+        raise ExportError(f"{path}: cannot be written: {_ov.first_line(error)}") from error
     finally:
         for left in (temporary, temporary.with_suffix(".bin")):
             left.unlink(missing_ok=True)

@@ -1,0 +1,393 @@
+"""Proof that an exported model computes what was trained: integer codes, layer by layer, torch against OpenVINO.
+
+Three comparisons. Weights: the codes as the plugin unpacks them, exactly. Activations, teacher-forced: every quantizer
+of the IR is fed with torch's own tensor, so that an error shows in the layer that makes it and nowhere else. End to
+end: the model as it runs, where one flipped tie may cascade; reported, not judged.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fat_plugins.errors import ExportError
+from fat_plugins.export import _ov
+from fat_plugins.export.graph import CutGraph, weight_integers
+from fat_plugins.export.ir import unique
+from fat_plugins.export.openvino import as_inputs, description, read_model
+from fat_plugins.forms import UniformGrid
+from fat_plugins.frozen import FrozenActivation, FrozenWeight, frozen_modules
+
+#: activations held at once, in elements; larger batches are compared in slices
+_BUDGET = 2**24
+#: codes are compared as real numbers in units of the step: this much relative deviation is float noise
+_STEP_TOLERANCE = 1e-3
+_OUTPUT_TOLERANCE = 1e-4
+
+
+@dataclass
+class WeightCheck:
+    """Codes of one weight: how many there are and how many differ. ``position``: place in the execution order."""
+
+    name: str
+    position: int = 0
+    elements: int = 0
+    differences: int = 0
+
+
+@dataclass
+class ActivationCheck:
+    """One activation quantizer, fed with torch's tensors.
+
+    :param layers: quantized layers that compute its input.
+    :param elements: activations compared.
+    :param ties, differences: codes of the quantizer that differ, within and outside the tie guard.
+    :param input_ties, input_differences: the same for torch's code of the input that OpenVINO computed.
+    :param max_error: largest deviation of that input, in steps, where torch does not clip it.
+    :param end_to_end: codes that differ when nothing is fed in between (includes what ties cascade into).
+    """
+
+    name: str
+    position: int = 0
+    layers: list[str] = field(default_factory=list)
+    elements: int = 0
+    ties: int = 0
+    differences: int = 0
+    input_ties: int = 0
+    input_differences: int = 0
+    max_error: float = 0.0
+    end_to_end: int = 0
+
+
+@dataclass
+class OutputCheck:
+    """One output of the model: largest absolute deviations, teacher-forced and end to end, and what is allowed of the
+    first."""
+
+    name: str
+    layers: list[str] = field(default_factory=list)
+    elements: int = 0
+    max_error: float = 0.0
+    allowed: float = 0.0
+    end_to_end: float = 0.0
+
+    @property
+    def differs(self) -> bool:
+        """Whether the teacher-forced deviation is more than allowed (or not a number)."""
+        return not self.max_error <= self.allowed
+
+
+@dataclass
+class VerifyReport:
+    """What :func:`verify` found. ``ok`` means no difference outside ties.
+
+    :param first_difference: name of the first layer, in execution order, that differs, or ``None``.
+    :param detail: one line on it.
+    """
+
+    ok: bool
+    path: str
+    device: str
+    openvino: str
+    samples: int
+    tie_guard: float
+    first_difference: str | None = None
+    detail: str = ""
+    weights: list[WeightCheck] = field(default_factory=list)
+    activations: list[ActivationCheck] = field(default_factory=list)
+    outputs: list[OutputCheck] = field(default_factory=list)
+
+    @property
+    def ties(self) -> int:
+        """Codes that differ within the tie guard, all layers together."""
+        return sum(a.ties + a.input_ties for a in self.activations)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dictionary."""
+        return {**asdict(self), "ties": self.ties}
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_table(self) -> Any:
+        """The report as a ``rich`` table."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        verdict = "[green]equal[/]" if self.ok else f"[red]first difference: {escape(self.first_difference or '')}[/]"
+        table = Table(title=f"torch and OpenVINO {self.device}, {self.samples} samples: {verdict}", caption=self.detail)
+        for heading in ("layer", "tensor", "elements", "ties", "differences", "max error", "end to end"):
+            table.add_column(heading, justify="left" if heading in ("layer", "tensor") else "right")
+
+        rows = []
+        for w in self.weights:
+            rows.append((w.position, w.name, "weight", w.elements, "", w.differences, "", ""))
+        for a in self.activations:
+            bad, ties = a.differences + a.input_differences, a.ties + a.input_ties
+            error = f"{a.max_error:.1e} steps"
+            rows.append((a.position, a.name, "activation", a.elements, ties, bad, error, a.end_to_end))
+        rows.sort(key=lambda r: r[0])
+        for o in self.outputs:
+            rows.append(
+                (0, o.name, "output", o.elements, "", int(o.differs), f"{o.max_error:.1e}", f"{o.end_to_end:.1e}")
+            )
+        for _, name, kind, elements, ties, bad, error, cascade in rows:
+            marked = f"[red]{bad}[/]" if bad else "0"
+            table.add_row(escape(name), kind, str(elements), str(ties), marked, error, str(cascade))
+        return table
+
+
+def verify(
+    frozen_model: nn.Module,
+    xml_path: str | os.PathLike,
+    inputs: Any,
+    *,
+    tie_guard: float = 1e-4,
+    device: str = "CPU",
+) -> VerifyReport:
+    """Compare a frozen torch model with the IR that :func:`fat_plugins.export.openvino.export` wrote.
+
+    :param inputs: one batch: a tensor, or a tuple of tensors, one per input of the model.
+    :param tie_guard: in steps of a grid of up to 16 codes; a code may differ where torch's value lies this close to a
+        rounding threshold. Wider grids have it in proportion (17 times at 8 bits), as float32 rounding is relative.
+    :param device: OpenVINO device; float operations run in float32.
+    :raises ExportError: unreadable IR, an IR of another model, or inputs that the model refuses.
+    """
+    inputs = as_inputs(inputs)
+    frozen_model.eval()
+    _ov.openvino()
+    model = read_model(xml_path)
+    entries = description(model)
+    calls = _call_order(frozen_model, tuple(x[:1] for x in inputs) if _sliceable(inputs) else inputs)
+    _same_model(calls, entries)
+
+    report = VerifyReport(False, str(xml_path), device, _ov.openvino().__version__, int(inputs[0].shape[0]), tie_guard)
+    uses = {e["name"]: e["layers"] for e in entries if e["kind"] == "weight"}
+    layers = [layer for names in uses.values() for layer in names]
+    for i, (kind, name) in enumerate(calls.order):
+        if kind == "weight":
+            module = calls.modules[kind, name]
+            report.weights += [_check_weight(model, layer, module, i) for layer in uses[name]]
+    names = [name for kind, name in calls.order if kind == "activation"]
+    forced, whole = CutGraph(model.clone(), names, layers, device, cut=True), CutGraph(model, names, [], device)
+    position = {key: i for i, key in enumerate(calls.order)}
+    report.activations = [ActivationCheck(n, position["activation", n], forced.producers(n)) for n in names]
+    report.outputs = [OutputCheck(n, forced.output_producers(i)) for i, n in enumerate(forced.output_names)]
+    for part in _slices(inputs, model, calls):
+        _compare(frozen_model, part, forced, whole, report)
+    _judge(report)
+    return report
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the torch side
+# --------------------------------------------------------------------------------------------------------------------
+@dataclass
+class _Calls:
+    order: list[tuple[str, str]] = field(default_factory=list)  # (kind, unique name), execution order
+    modules: dict[tuple[str, str], nn.Module] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)  # of the activation quantizers
+    outputs: list[Tensor] = field(default_factory=list)
+    elements: int = 0
+
+
+def _record(model: nn.Module, inputs: tuple[Tensor, ...], keep: bool = True) -> _Calls:
+    """One forward pass; what every frozen quantizer received, in execution order."""
+    calls, taken = _Calls(), set()
+
+    def hook(module: nn.Module, args: tuple, _: Any) -> None:
+        kind = "weight" if isinstance(module, FrozenWeight) else "activation"
+        name = unique(module.name, kind, taken)
+        calls.order.append((kind, name))
+        calls.modules[kind, name] = module
+        if kind == "activation":
+            calls.elements += args[0].numel()
+            if keep:
+                calls.inputs[name] = args[0].detach()
+
+    handles = [m.register_forward_hook(hook) for m in frozen_modules(model)]
+    try:
+        with torch.no_grad():
+            calls.outputs = list(_tensors(model(*inputs)))
+    except Exception as error:
+        raise ExportError(f"the torch model refuses the inputs: {_ov.first_line(error)}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _call_order(model: nn.Module, inputs: tuple[Tensor, ...]) -> _Calls:
+    return _record(model, inputs, keep=False)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value.detach()
+    elif isinstance(value, dict):
+        for v in value.values():
+            yield from _tensors(v)
+    elif isinstance(value, (tuple, list)):
+        for v in value:
+            yield from _tensors(v)
+
+
+def _same_model(calls: _Calls, entries: list[dict[str, Any]]) -> None:
+    """The IR must name the same quantizers with the same widths."""
+    written = {(e["kind"], e["name"]): e for e in entries}
+    for key, module in calls.modules.items():
+        if key not in written:
+            raise ExportError(f"{key[1]}: this {key[0]} is not in the IR; was it exported from another model?")
+        if written[key]["bits"] != module.form.bits:
+            raise ExportError(f"{key[1]}: {module.form.bits} bits in torch, {written[key]['bits']} in the IR")
+    for kind, name in written:
+        if (kind, name) not in calls.modules:
+            raise ExportError(f"{name}: this {kind} of the IR is not in the model; was it exported from another model?")
+
+
+def _sliceable(inputs: tuple[Tensor, ...]) -> bool:
+    return all(x.ndim and x.shape[0] == inputs[0].shape[0] for x in inputs) and inputs[0].shape[0] > 0
+
+
+def _slices(inputs: tuple[Tensor, ...], model: Any, calls: _Calls) -> Iterator[tuple[Tensor, ...]]:
+    """Parts of the batch that fit the budget, and the IR's batch size when that is fixed."""
+    if not _sliceable(inputs):
+        yield inputs
+        return
+    batch, fixed = inputs[0].shape[0], model.inputs[0].get_partial_shape()[0]
+    size = fixed.get_length() if fixed.is_static else max(1, min(batch, _BUDGET // max(calls.elements, 1)))
+    if fixed.is_static and batch % size:
+        raise ExportError(f"the IR has a fixed batch of {size}; {batch} samples are not a multiple of it")
+    for start in range(0, batch, size):
+        yield tuple(x[start : start + size] for x in inputs)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# comparisons
+# --------------------------------------------------------------------------------------------------------------------
+def _check_weight(model: Any, layer: str, module: FrozenWeight, position: int) -> WeightCheck:
+    found = weight_integers(model, layer).reshape(-1)
+    wanted = module.form.integers(module.codes).cpu().numpy().reshape(-1)
+    wrong = (found != wanted).sum() if found.size == wanted.size else wanted.size
+    return WeightCheck(layer, position, wanted.size, int(wrong))
+
+
+def _steps(module: FrozenActivation, x: Tensor) -> Tensor:
+    """``x`` in units of the scale, float64."""
+    scale = module.form.scale.double()
+    if scale.numel() > 1:
+        view = [1] * x.ndim
+        view[module.form.channel_axis] = scale.numel()
+        scale = scale.reshape(view)
+    return x.double() / scale
+
+
+def _differs(module: FrozenActivation, values: Tensor, codes: Tensor) -> Tensor:
+    """Where quantized ``values`` of OpenVINO are not what ``codes`` stand for. Not rounded or clipped on the way, so
+    that a wrong scale or a missing clamp shows."""
+    wanted = module.form.integers(codes).double()
+    return ~((_steps(module, values) - wanted).abs() <= _STEP_TOLERANCE * wanted.abs().clamp(min=1))
+
+
+def _guard(module: FrozenActivation, tie_guard: float) -> float:
+    """The tie guard of one quantizer in its own steps."""
+    form = module.form
+    ends = torch.tensor([form.low, form.high]) if isinstance(form, UniformGrid) else form.levels
+    return tie_guard * max(1.0, float(ends.abs().max()) / 15)
+
+
+def _off_tie(module: FrozenActivation, x: Tensor, codes: Tensor, where: Tensor, guard: float) -> Tensor:
+    """``x`` moved away from the threshold, within torch's own code, where OpenVINO decided a tie otherwise."""
+    step = (x / _steps(module, x).clamp(min=1e-30)).abs() if module.form.scale.numel() > 1 else module.form.scale
+    out = x.clone()
+    for move in (4 * guard, -4 * guard):
+        moved = (x.double() + move * step).to(x.dtype)
+        out = torch.where(where & (module.form.encode(moved) == codes), moved, out)
+    return out
+
+
+def _compare(
+    model: nn.Module, inputs: tuple[Tensor, ...], forced: CutGraph, whole: CutGraph, report: VerifyReport
+) -> None:
+    calls = _record(model, inputs)
+    feed = {name: x.float().contiguous() for name, x in calls.inputs.items()}
+    codes = {name: calls.modules["activation", name].form.encode(x) for name, x in feed.items()}
+    arrays = [x.numpy() for x in inputs]
+    result = forced.run(arrays, feed)
+    flipped = False
+    for check in report.activations:
+        name, module = check.name, calls.modules["activation", check.name]
+        bad = _differs(module, torch.from_numpy(result.quantized[name]), codes[name])
+        tie = bad & (module.form.ties(feed[name]) < _guard(module, report.tie_guard))
+        check.elements += bad.numel()
+        check.ties += int(tie.sum())
+        check.differences += int((bad & ~tie).sum())
+        if bool(tie.any()):
+            feed[name], flipped = _off_tie(module, feed[name], codes[name], tie, _guard(module, report.tie_guard)), True
+    if flipped:  # the layers behind a tie must see torch's code
+        result = forced.run(arrays, feed)
+    end_to_end = whole.run(arrays, {})
+    for check in report.activations:
+        name, module = check.name, calls.modules["activation", check.name]
+        x, computed = calls.inputs[name].float(), torch.from_numpy(result.computed[name])
+        bad = module.form.encode(computed) != codes[name]
+        tie = bad & (module.form.ties(x) < _guard(module, report.tie_guard))
+        check.input_ties += int(tie.sum())
+        check.input_differences += int((bad & ~tie).sum())
+        check.max_error = max(check.max_error, _input_error(module, x, computed))
+        quantized = torch.from_numpy(end_to_end.quantized[name])
+        check.end_to_end += int(_differs(module, quantized, codes[name]).sum())
+    if len(calls.outputs) != len(report.outputs):
+        raise ExportError(f"the model has {len(calls.outputs)} outputs in torch and {len(report.outputs)} in the IR")
+    for i, check in enumerate(report.outputs):
+        wanted = calls.outputs[i].double().numpy()
+        largest = float(np.abs(wanted).max()) if wanted.size else 0.0
+        check.elements += wanted.size
+        check.allowed = max(check.allowed, _OUTPUT_TOLERANCE * largest + 1e-6)
+        check.max_error = max(check.max_error, _largest(result.outputs[i], wanted))
+        check.end_to_end = max(check.end_to_end, _largest(end_to_end.outputs[i], wanted))
+
+
+def _largest(found: np.ndarray, wanted: np.ndarray) -> float:
+    if found.shape != wanted.shape:
+        return float("inf")
+    error = float(np.abs(found.astype(np.float64) - wanted).max()) if wanted.size else 0.0
+    return error if error == error else float("inf")
+
+
+def _input_error(module: FrozenActivation, x: Tensor, computed: Tensor) -> float:
+    """Largest deviation in steps, both clipped to the ends of the grid."""
+    form = module.form
+    ends = (form.low, form.high) if isinstance(form, UniformGrid) else (int(form.levels[0]), int(form.levels[-1]))
+    a, b = (_steps(module, v).clamp(*ends) for v in (x, computed))
+    return float((a - b).abs().max()) if a.numel() else 0.0
+
+
+def _judge(report: VerifyReport) -> None:
+    """Find the first difference in execution order."""
+    found = []
+    for w in report.weights:
+        if w.differences:
+            found.append((w.position, w.name, f"{w.differences} of {w.elements} weight codes differ"))
+    for a in report.activations:
+        if a.input_differences:
+            what = f"{a.input_differences} of {a.elements} activations reach {a.name} with another code"
+            found.append((a.position, ", ".join(a.layers) or a.name, what))
+        if a.differences:
+            what = f"{a.differences} of {a.elements} activations leave the quantizer with another code"
+            found.append((a.position, a.name, what))
+    last = max((x.position for x in (*report.weights, *report.activations)), default=0) + 1
+    for o in report.outputs:
+        if o.differs:
+            found.append((last, ", ".join(o.layers) or o.name, f"output {o.name} deviates by {o.max_error:.3g}"))
+    report.ok = not found
+    if found:
+        _, report.first_difference, report.detail = min(found, key=lambda f: f[0])
