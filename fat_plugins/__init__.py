@@ -1,5 +1,6 @@
 """fat-plugins: low-bit quantization-aware training algorithms as plug-ins. The core knows no host framework."""
 
+import fat_plugins.algorithms  # before the function of that name, which a later import would replace  # noqa: F401
 from fat_plugins.config import CompressionConfig
 from fat_plugins.errors import CheckpointError, ConfigError, ExportError, FatPluginsError, HostError, QuantizationError
 from fat_plugins.functional import get_backend, set_backend
