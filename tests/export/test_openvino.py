@@ -1,0 +1,405 @@
+"""OpenVINO export: sizes, kernels, numbers, error paths."""
+
+import json
+import os
+import sys
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from frozen_nets import (
+    Layer,
+    Net,
+    Single,
+    activation_grid,
+    build,
+    codebook,
+    powers,
+    staircase,
+    weight_grid,
+)
+from torch import nn
+
+from fat_plugins import ExportError, TensorSpec, get_algorithm
+from fat_plugins.forms import UniformGrid
+from fat_plugins.frozen import FrozenActivation, FrozenWeight
+
+openvino = pytest.importorskip("openvino")
+
+from fat_plugins.export import _ov  # noqa: E402
+from fat_plugins.export.openvino import export, kernels  # noqa: E402
+
+F32 = {"INFERENCE_PRECISION_HINT": "f32"}
+#: u2 and u3 constants exist in files from 2025.4 on
+NARROW = _ov.version() >= (2025, 4)
+
+
+def write(model, path, x, **options):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(this OpenVINO writes no|in float|not by a conv).*")
+        return export(model, path, x, **options)
+
+
+def infer(path, *inputs):
+    compiled = openvino.Core().compile_model(str(path), "CPU", F32)
+    return [torch.from_numpy(v.copy()) for v in compiled([x.numpy() for x in inputs]).values()]
+
+
+def assert_same(path, model, x):
+    """Outputs agree but for float noise."""
+    with torch.no_grad():
+        wanted = model(x)
+    found = infer(path, x)[0]
+    assert found.shape == wanted.shape
+    assert float((found - wanted).abs().max()) <= 2e-5 * float(wanted.abs().max()) + 1e-6
+
+
+def operations(path):
+    return [n.get_type_name() for n in openvino.Core().read_model(str(path)).get_ops()]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_net(bits, tmp_path):
+    model, x = build(Net, bits), torch.randn(2, 3, 16, 16)
+    path = tmp_path / "m.xml"
+    report = write(model, path, x)
+    assert_same(path, model, torch.randn(5, 3, 16, 16))  # another batch size
+    ran = kernels(path)
+    assert [k.name for k in ran if k.speed != "int8"] == []
+    assert {k.name for k in ran} == {
+        "stem", "block.full", "block.depthwise", "block.point", "block.grouped", "head"
+    }  # fmt: skip
+    assert "BatchNormInference" not in operations(path)
+    assert report.openvino == openvino.__version__
+    assert json.loads(report.to_json())["layers"][0]["name"] == "stem.input"
+    assert sorted(os.listdir(tmp_path)) == ["m.bin", "m.xml"]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_size(bits, tmp_path):
+    model = build(Net, bits, width=96)
+    report = write(model, tmp_path / "m.xml", torch.randn(1, 3, 8, 8))
+    assert report.weights_bytes == os.path.getsize(tmp_path / "m.bin")
+    low = [r for r in report.layers if r.kind == "weight" and r.bits == bits]
+    eight = [r for r in report.layers if r.kind == "weight" and r.bits == 8]
+    width = bits if NARROW or bits == 4 else 4
+    assert all(r.bytes <= r.elements * width / 8 + 1 for r in low)
+    assert {r.storage for r in eight} == {"i8"}
+    # everything that is not a code: biases and scales per channel of six layers
+    others = 2 * 4 * (96 + 96 + 96 + 192 + 192 + 10) + 300
+    codes = sum(4 * r.elements for r in low)
+    assert report.weights_bytes <= codes * width / 32 * 1.01 + sum(r.elements for r in eight) + others
+    assert report.float_bytes > codes
+
+
+LAYERS = {
+    "3x3": dict(inputs=16, outputs=32),
+    "1x1": dict(inputs=16, outputs=32, kernel=1),
+    "depthwise": dict(inputs=16, outputs=16, groups=16),
+    "grouped": dict(inputs=32, outputs=32, groups=4),
+    "multiplier": dict(inputs=8, outputs=16, groups=8),
+    "strided, biased": dict(inputs=16, outputs=32, stride=2, bias=True),
+    "per channel": dict(inputs=16, outputs=32, per_channel=True),
+    "no norm": dict(inputs=16, outputs=32, norm=False, bias=True),
+    "transposed": dict(inputs=16, outputs=32, kind="transposed", stride=2),
+    "transposed, grouped": dict(inputs=16, outputs=32, kind="transposed", groups=4),
+    "transposed per channel": dict(inputs=16, outputs=32, kind="transposed", per_channel=True, bias=True),
+    "linear": dict(inputs=64, outputs=32, kind="linear", norm=False, bias=True),
+    "linear, norm": dict(inputs=64, outputs=32, kind="linear", per_channel=True),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layer_kinds(layer, tmp_path):
+    options = LAYERS[layer]
+    model = build(Single, "layer", bits=2 if options.get("per_channel") else 4, **options)
+    x = torch.rand(2, options["inputs"], *(() if options.get("kind") == "linear" else (9, 9))) * 4
+    write(model, tmp_path / "m.xml", x)
+    assert_same(tmp_path / "m.xml", model, x)
+    assert operations(tmp_path / "m.xml").count("BatchNormInference") == 0
+    kernel = kernels(tmp_path / "m.xml")
+    assert [k.name for k in kernel] == ["layer"]
+    if "transposed" not in layer:  # how the plugin runs those depends on its version
+        assert kernel[0].speed == "int8", kernel
+
+
+def test_batch_norm_is_folded_into_the_scale(tmp_path):
+    model = build(Single, "layer", 8, 8)
+    with torch.no_grad():
+        model.layer.norm.weight[:3] = torch.tensor([0.0, -1.5, 1e-3])
+    x = torch.rand(1, 8, 6, 6) * 3
+    write(model, tmp_path / "m.xml", x)
+    assert_same(tmp_path / "m.xml", model, x)
+    ops = operations(tmp_path / "m.xml")
+    assert ops.count("Multiply") == 1  # the scale of the weight and nothing else
+    assert ops.count("Add") == 1
+    assert kernels(tmp_path / "m.xml")[0].speed == "int8"
+
+
+def test_lsq_grid_uses_its_lowest_code(tmp_path):
+    form = lambda w: UniformGrid(4, True, False, w.detach().abs().max().reshape(1) / 8, 0)  # noqa: E731
+    model = build(Single, "layer", 16, 16, form=form, activation=UniformGrid(4, True, False, torch.tensor([0.4]), 1))
+    assert int(model.layer.quantize_weight.codes.min()) == -8 or int(model.layer.quantize_weight.codes.max()) == 7
+    x = torch.randn(2, 16, 8, 8) * 3
+    write(model, tmp_path / "m.xml", x)
+    assert_same(tmp_path / "m.xml", model, x)
+    assert kernels(tmp_path / "m.xml")[0].speed == "int8"
+
+
+@pytest.mark.parametrize(("signed", "shift"), [(False, 0.2), (True, 0.0)])
+def test_staircase(signed, shift, tmp_path):
+    levels = powers(3 if signed else 7, signed)
+    model = build(Single, "layer", 16, 16, activation=staircase(3, levels, shift=shift))
+    x = torch.randn(2, 16, 8, 8) * 2
+    write(model, tmp_path / "m.xml", x)
+    assert_same(tmp_path / "m.xml", model, x)
+    assert kernels(tmp_path / "m.xml")[0].speed == "int8"
+
+
+class Step(nn.Module):
+    """One activation quantizer."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.quantize = FrozenActivation(form, "q")
+
+    def forward(self, x):
+        return self.quantize(x)
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.37, 1e-4])
+def test_staircase_comparisons_are_exact_next_to_the_thresholds(scale, tmp_path):
+    form = staircase(3, powers(7, False), reach=64 * scale, shift=0.13)
+    points = [form.thresholds.float() * form.scale]
+    for direction in (-torch.inf, torch.inf):
+        x = points[0]
+        for _ in range(4):
+            x = torch.nextafter(x, torch.tensor(direction))
+            points.append(x)
+    x = torch.cat(points).reshape(1, -1)
+    model = build(Step, form)
+    write(model, tmp_path / "m.xml", x)
+    assert torch.equal(form.encode(infer(tmp_path / "m.xml", x)[0]), form.encode(x))
+    assert len(form.encode(x).unique()) > 1
+
+
+def test_codebook_weights(tmp_path):
+    model = build(Single, "layer", 16, 32, form=lambda w: codebook(w, 4, powers(7, True)))
+    x = torch.rand(2, 16, 8, 8) * 3
+    report = write(model, tmp_path / "m.xml", x)
+    assert_same(tmp_path / "m.xml", model, x)
+    assert report.layers[1].storage == "u4"
+    assert kernels(tmp_path / "m.xml")[0].speed == "int8"
+
+
+def test_one_bit_weights(tmp_path):
+    binary = torch.tensor([-1, 1])
+    model = build(Single, "layer", 32, 32, form=lambda w: codebook(w, 1, binary))
+    x = torch.rand(2, 32, 8, 8) * 3
+    report = write(model, tmp_path / "m.xml", x)
+    assert_same(tmp_path / "m.xml", model, x)
+    assert report.layers[1].storage == "u1"
+    assert report.layers[1].bytes == 32 * 32 * 9 / 8
+    assert kernels(tmp_path / "m.xml")[0].speed == "int8"
+
+
+def test_levels_beyond_8_bits_run_in_float_and_say_so(tmp_path):
+    model = build(
+        Single, "layer", 16, 32,
+        form=lambda w: codebook(w, 5, powers(15, True)), activation=staircase(4, powers(15, False)),
+    )  # fmt: skip
+    x = torch.rand(2, 16, 8, 8) * 3
+    with pytest.warns(UserWarning, match=r"layer.input: levels beyond 8 bits.*1 more"):
+        report = export(model, tmp_path / "m.xml", x)
+    assert [n.split(":")[0] for n in report.notes] == ["layer.input", "layer"]
+    assert_same(tmp_path / "m.xml", model, x)
+    assert kernels(tmp_path / "m.xml")[0].speed == "float"
+
+
+class Twice(nn.Module):
+    """One layer and one quantizer, each called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = Layer("shared", 8, 8, norm=False)
+
+    def forward(self, x):
+        return self.layer(self.layer(x))
+
+
+def test_a_layer_that_is_called_twice(tmp_path):
+    model = build(Twice)
+    x = torch.rand(1, 8, 6, 6) * 3
+    report = write(model, tmp_path / "m.xml", x)
+    assert_same(tmp_path / "m.xml", model, x)
+    assert [k.name for k in kernels(tmp_path / "m.xml")] == ["shared", "shared#2"]
+    assert [r.name for r in report.layers if r.kind == "weight"] == ["shared"]
+    assert report.weights_bytes < 8 * 8 * 9 / 2 + 200  # the codes stand in the file once
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = Layer("a", 4, 8), Layer("b", 4, 8)
+
+    def forward(self, x, y):
+        return torch.cat([self.a(x), F.avg_pool2d(self.b(y), 2)], 1), x
+
+
+def test_several_inputs_and_outputs(tmp_path):
+    model = build(TwoInputs)
+    x, y = torch.rand(2, 4, 4, 4), torch.rand(2, 4, 8, 8)
+    write(model, tmp_path / "m.xml", (x, y))
+    found = infer(tmp_path / "m.xml", x, y)
+    assert torch.allclose(found[0], model(x, y)[0], atol=1e-5)
+    assert torch.equal(found[1], x)
+
+
+def test_fixed_batch(tmp_path):
+    model = build(Single, "layer", 4, 4)
+    write(model, tmp_path / "m.xml", torch.rand(2, 4, 5, 5), dynamic_batch=False)
+    assert openvino.Core().read_model(str(tmp_path / "m.xml")).inputs[0].get_partial_shape().to_shape()[0] == 2
+
+
+@pytest.mark.parametrize("algorithm", ["fat", "lsq", "minmax"])
+def test_every_algorithm_exports_through_its_forms_alone(algorithm, tmp_path):
+    torch.manual_seed(0)
+    kind = get_algorithm(algorithm)
+    weight = torch.randn(16, 8, 3, 3)
+    wq = kind.make_weight(TensorSpec("weight", 4, "layer", shape=(16, 8, 3, 3)))
+    aq = kind.make_activation(TensorSpec("activation", 4, "layer.input"))
+    wq.calibrate(weight)
+    aq.calibrate(torch.rand(2, 8, 8, 8))
+    frozen = wq.freeze(weight)
+    model = Single("layer", 8, 16, form=lambda _: frozen.form, activation=aq.form()).eval()
+    model.layer.quantize_weight = FrozenWeight(frozen.codes, frozen.form, "layer")
+    x = torch.rand(2, 8, 8, 8)
+    write(model, tmp_path / "m.xml", x)
+    assert_same(tmp_path / "m.xml", model, x)
+    assert kernels(tmp_path / "m.xml")[0].speed == "int8"
+
+
+def test_ops_run_eagerly_traced_and_exported():
+    model, x = build(Net, 3), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        wanted = model(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of its tracer
+            assert torch.equal(torch.jit.trace(model, x)(x), wanted)
+        program = torch.export.export(model, (x,))
+        assert torch.equal(program.module()(x), wanted)
+    targets = {str(n.target) for n in program.graph.nodes}
+    assert {"fat_plugins.decode_weight.default", "fat_plugins.quantize_activation.default"} <= targets
+
+
+@pytest.mark.parametrize("form", [activation_grid(4), activation_grid(3, True), staircase(3, powers(7, False))])
+def test_frozen_activation_is_the_form(form):
+    x = torch.randn(1000) * 3
+    assert torch.equal(FrozenActivation(form, "q")(x), form.decode(form.encode(x)))
+
+
+def test_frozen_weight_keeps_the_dtype_of_the_weight():
+    form = weight_grid(torch.randn(4, 4), 4)
+    codes = form.encode(torch.randn(4, 4))
+    assert torch.equal(FrozenWeight(codes, form, "w")(torch.zeros(4, 4)), form.decode(codes))
+    assert FrozenWeight(codes, form, "w")(torch.zeros(4, 4, dtype=torch.float64)).dtype == torch.float64
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# errors
+# --------------------------------------------------------------------------------------------------------------------
+def test_bad_paths(tmp_path):
+    model, x = build(Single, "layer", 4, 4), torch.rand(1, 4, 5, 5)
+    with pytest.raises(ExportError, match=r"ends in \.xml"):
+        export(model, tmp_path / "m.onnx", x)
+    with pytest.raises(ExportError, match="does not exist"):
+        export(model, tmp_path / "missing" / "m.xml", x)
+    (tmp_path / "d.xml").mkdir()
+    with pytest.raises(ExportError, match="is a directory"):
+        export(model, tmp_path / "d.xml", x)
+    assert os.listdir(tmp_path) == ["d.xml"]
+
+
+def test_unwritable_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ExportError, match="cannot be written to"):
+        export(build(Single, "layer", 4, 4), tmp_path / "m.xml", torch.rand(1, 4, 5, 5))
+
+
+def test_a_failed_write_leaves_the_old_files(tmp_path, monkeypatch):
+    model, x = build(Single, "layer", 4, 4), torch.rand(1, 4, 5, 5)
+    write(model, tmp_path / "m.xml", x)
+    before = {f: (tmp_path / f).read_bytes() for f in os.listdir(tmp_path)}
+
+    def full(*args, **kwargs):
+        open(args[1], "w").write("half")
+        raise RuntimeError("No space left on device")
+
+    monkeypatch.setattr(openvino, "save_model", full)
+    with pytest.raises(ExportError, match="No space left"):
+        export(build(Single, "layer", 4, 4, seed=1), tmp_path / "m.xml", x)
+    assert {f: (tmp_path / f).read_bytes() for f in os.listdir(tmp_path)} == before
+
+
+def test_uncalibrated_and_unfrozen(tmp_path):
+    x = torch.rand(1, 4, 5, 5)
+    model = build(Single, "layer", 4, 4)
+    model.layer.quantize_input = FrozenActivation(None, "layer.input")
+    with pytest.raises(ExportError, match=r"layer\.input: the activation quantizer was never calibrated"):
+        export(model, tmp_path / "m.xml", x)
+    model.layer.quantize_input = get_algorithm("lsq").make_activation(TensorSpec("activation", 4, "a"))
+    with pytest.raises(ExportError, match=r"layer\.quantize_input: still a training quantizer"):
+        export(model, tmp_path / "m.xml", x)
+    with pytest.raises(ExportError, match="no frozen quantizer"):
+        export(nn.Linear(2, 2), tmp_path / "m.xml", torch.rand(1, 2))
+    model.layer.quantize_input = FrozenActivation(UniformGrid(4, False, False, torch.zeros(1)), "layer.input")
+    with pytest.raises(ExportError, match="must be positive"):
+        export(model, tmp_path / "m.xml", x)
+    assert os.listdir(tmp_path) == []
+
+
+def test_names_must_be_there_and_unique(tmp_path):
+    model = build(TwoInputs)
+    x = (torch.rand(1, 4, 4, 4), torch.rand(1, 4, 8, 8))
+    model.b.quantize_weight.name = "a"
+    with pytest.raises(ExportError, match="two FrozenWeight modules are named 'a'"):
+        export(model, tmp_path / "m.xml", x)
+    model.b.quantize_weight.name = ""
+    with pytest.raises(ExportError, match="has no name"):
+        export(model, tmp_path / "m.xml", x)
+
+
+def test_bad_example_input(tmp_path):
+    model = build(Single, "layer", 4, 4)
+    with pytest.raises(ExportError, match="example_input must be a tensor"):
+        export(model, tmp_path / "m.xml", "x")
+    with pytest.raises(ExportError, match="cannot convert the model"):
+        export(model, tmp_path / "m.xml", torch.rand(1, 3, 5, 5))
+
+
+def test_codes_outside_the_form(tmp_path):
+    model = build(Single, "layer", 4, 4)
+    model.layer.quantize_weight.codes[0, 0, 0, 0] = 9
+    with pytest.raises(ExportError, match=r"layer: codes .* 9 lie outside the form's -7 \.\. 7"):
+        export(model, tmp_path / "m.xml", torch.rand(1, 4, 5, 5))
+
+
+def test_openvino_missing(tmp_path, monkeypatch):
+    _ov.openvino.cache_clear()
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    try:
+        with pytest.raises(ExportError, match="pip install 'openvino"):
+            export(build(Single, "layer", 4, 4), tmp_path / "m.xml", torch.rand(1, 4, 5, 5))
+    finally:
+        _ov.openvino.cache_clear()
+
+
+def test_kernels_of_a_foreign_model(tmp_path):
+    with pytest.raises(ExportError, match="no such file"):
+        kernels(tmp_path / "none.xml")
+    op = _ov.opset()
+    x = op.parameter([1, 2], "f32")
+    model = openvino.Model([op.result(op.relu(x))], [x])
+    with pytest.raises(ExportError, match="was not written by fat-plugins"):
+        kernels(model)
