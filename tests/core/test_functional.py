@@ -67,7 +67,8 @@ def check_against_eager(set_backend, compiler, chosen, granularity=(False, True)
 
 def test_compiled_kernels_equal_eager_in_values_and_gradients(backend):
     """Through dynamo and AOT autograd; no compiler for machine code is needed for this."""
-    check_against_eager(backend, "aot_eager", list(functions()))
+    wanted = {"uniform-111", "uniform-100", "uniform-001", "levels-11", "levels-00"}
+    check_against_eager(backend, "aot_eager", [f for f in functions() if f[0] in wanted])
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler for inductor's CPU code")
