@@ -32,7 +32,7 @@ from fat_nncf.modern_config import (
 from fat_nncf.modern_controller import CompressionStage, Controller, Statistics
 from fat_nncf.modern_data import Batches, DatasetBatches, batches_of, device_of, example_from
 from fat_nncf.modern_deploy import freeze
-from fat_nncf.modern_hooks import PluginQuantizer, plugin_hooks, remove_hook
+from fat_nncf.modern_hooks import COORDINATORS, PluginQuantizer, plugin_hooks, remove_hook
 from fat_nncf.modern_init import adapt_batch_norms, calibrate_activations, calibrate_weights
 from fat_nncf.modern_placement import (
     Traced,
@@ -50,7 +50,7 @@ from fat_nncf.modern_sparsity import Sparsity
 from fat_nncf.modern_state import check_state, rebuild
 from fat_plugins.config import CompressionConfig
 from fat_plugins.errors import ConfigError, HostError
-from fat_plugins.quantizer import Coordinator, param_groups
+from fat_plugins.quantizer import param_groups
 from fat_plugins.registry import get_algorithm
 
 __all__ = [
@@ -73,7 +73,7 @@ class HookableSequential(nn.Sequential):
     def forward(self, input: Any) -> Any:
         """Run the layers in order."""
         for name, module in self._modules.items():
-            if name != ATR_HOOK_STORAGE:
+            if name not in (ATR_HOOK_STORAGE, COORDINATORS):
                 input = module(input)
         return input
 
@@ -172,8 +172,9 @@ def create_compressed_model(
 def _check_scopes(traced: Traced, plan: Plan) -> set[str]:
     """Refuse scopes that match nothing; names of the operations that stay float by the section's own scopes."""
     config, names = plan.config, traced.names
-    for where, scopes in _scopes_of(config, plan.where):
-        names.check(scopes, where)
+    if config.validate_scopes is not False:
+        for where, scopes in _scopes_of(config, plan.where):
+            names.check(scopes, where)
     if plan.sparsity is not None:
         for key in ("ignored_scopes", "target_scopes"):
             names.check(getattr(plan.sparsity, key), f"{plan.sparsity.algorithm}.{key}")
@@ -228,19 +229,19 @@ def _resume(model: nn.Module, plan: Plan, state: Mapping[str, Any], config: Mapp
 
 def _controller(traced: Traced, plan: Plan, sparsity: Sparsity | None, batches: Batches | None) -> Controller:
     example = example_from(plan.inputs, device_of(traced.model))
-    return Controller(
-        traced.model, plan.config.algorithm, batches.example if example is None else example, sparsity,
-        _coordinators(traced),
-    )  # fmt: skip
+    _add_coordinators(traced)
+    example = batches.example if example is None else example
+    return Controller(traced.model, plan.config.algorithm, example, sparsity)
 
 
-def _coordinators(traced: Traced) -> list[Coordinator]:
-    """One for each algorithm in use that has one, over its layers in execution order."""
-    built = []
+def _add_coordinators(traced: Traced) -> None:
+    """One for each algorithm in use that has one, over its layers in execution order; its state goes with the model."""
+    found = nn.ModuleDict()
     for name in dict.fromkeys(hook.algorithm for hook in plugin_hooks(traced.model)):
         if get_algorithm(name).coordinator is not None:
-            built.append(get_algorithm(name).make_coordinator(layer_quantizers(traced, name)))
-    return built
+            found[name] = get_algorithm(name).make_coordinator(layer_quantizers(traced, name))
+    if found:
+        traced.model.add_module(COORDINATORS, found)
 
 
 def quantize(
@@ -300,6 +301,7 @@ def quantize(
     )  # fmt: skip
     resolved = resolve(traced, points, config, keep_zeros=_has_masks(model), lr_multiplier=None)
     install(traced, resolved)
+    _add_coordinators(traced)
     calibrate_weights(model, resolved)
     calibrate_activations(model, resolved, batches, ranges_first=False)
     adapt_batch_norms(model, batches, batchnorm_adaptation_steps)

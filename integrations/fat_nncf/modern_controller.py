@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fat_nncf import modern_deploy
 from fat_nncf.modern_data import device_of
-from fat_nncf.modern_hooks import cores, is_weight, parameter, plugin_hooks, quantizer_input
+from fat_nncf.modern_hooks import COORDINATORS, cores, is_weight, parameter, plugin_hooks, quantizer_input
 from fat_nncf.modern_sparsity import Sparsity
 from fat_nncf.modern_state import BUILDER, CONTROLLER, builder_state, check_state
 from fat_plugins.errors import CheckpointError, ConfigError
@@ -50,16 +50,17 @@ class Scheduler:
     def step(self, next_step: int | None = None) -> None:
         """Begin the next training step (or the one given)."""
         self.current_step = self.current_step + 1 if next_step is None else int(next_step)
-        self._announce()
+        self.announce()
 
     def epoch_step(self, next_epoch: int | None = None) -> None:
         """Begin the next epoch (or the one given)."""
         self.current_epoch = self.current_epoch + 1 if next_epoch is None else int(next_epoch)
         if self._sparsity is not None:
             self._sparsity.on_epoch(self.current_epoch)
-        self._announce()
+        self.announce()
 
-    def _announce(self) -> None:
+    def announce(self) -> None:
+        """Tell everybody where training stands."""
         progress = Progress(max(self.current_step, 0), max(self.current_epoch, 0), self.total_steps, self.total_epochs)
         set_progress(self._model, progress)
         for coordinator in self._coordinators:
@@ -82,8 +83,7 @@ class Scheduler:
         self.total_steps, self.total_epochs = state.get("total_steps"), state.get("total_epochs")
         if self._sparsity is not None:
             self._sparsity.resume(self.current_epoch)
-        if self.current_step >= 0 or self.current_epoch >= 0:
-            self._announce()
+        self.announce()
 
 
 @dataclass(frozen=True)
@@ -145,11 +145,11 @@ class Controller:
         algorithm: str,
         example: Any,
         sparsity: Sparsity | None = None,
-        coordinators: list[Coordinator] | None = None,
     ) -> None:
         self._model, self._algorithm, self._example, self._sparsity = model, algorithm, example, sparsity
-        self.coordinators = coordinators or []
+        self.coordinators: list[Coordinator] = list(getattr(model, COORDINATORS, {}).values())
         self.scheduler = Scheduler(model, self.coordinators, sparsity)
+        self.scheduler.announce()
 
     @property
     def model(self) -> nn.Module:
@@ -175,7 +175,7 @@ class Controller:
     # -- state -------------------------------------------------------------------------------------------------------
     def get_compression_state(self) -> dict[str, Any]:
         """JSON-ready; pass it to ``create_compressed_model`` with a fresh model, then load the state dict."""
-        own = {"scheduler": self.scheduler.get_state(), "coordinators": [_to_json(c) for c in self.coordinators]}
+        own = {"scheduler": self.scheduler.get_state()}
         return {BUILDER: builder_state(self._model), CONTROLLER: {self._algorithm: own}}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -188,8 +188,6 @@ class Controller:
         if not isinstance(own, Mapping):
             saved = ", ".join(state.get(CONTROLLER, {})) or "none"
             raise CheckpointError(f"compression_state: saved for {saved}, not for '{self._algorithm}'")
-        for coordinator, saved in zip(self.coordinators, own.get("coordinators", []), strict=False):
-            coordinator.load_state_dict({k: torch.tensor(v) for k, v in saved.items()})
         self.scheduler.load_state(own.get("scheduler", {}))
 
     def distributed(self) -> None:
@@ -287,7 +285,3 @@ class Controller:
         modern_deploy.export_onnx(
             self._model, save_path, example, input_names, output_names, int(opset) if opset else None
         )
-
-
-def _to_json(coordinator: Coordinator) -> dict[str, Any]:
-    return {k: v.tolist() for k, v in coordinator.state_dict().items()}

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fat_nncf.modern_hooks import (
+    COORDINATORS,
     PluginQuantizer,
     is_weight,
     masks_on,
@@ -54,6 +55,7 @@ def freeze(model: nn.Module) -> nn.Module:
             set_hook(storage, slot, module.eval())
     for tensor in masked:
         _bake_masks(clone, tensor)
+    clone._modules.pop(COORDINATORS, None)
     return clone
 
 
@@ -111,6 +113,7 @@ def strip(model: nn.Module, do_copy: bool = True) -> nn.Module:
         data.data = value.to(data.dtype)
         for slot in slots:
             remove_hook(storage, slot)
+    clone._modules.pop(COORDINATORS, None)
     return clone
 
 

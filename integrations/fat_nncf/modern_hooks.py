@@ -25,6 +25,8 @@ from fat_plugins.registry import make_quantizer
 #: (``nncf.prune``, ``nncf.strip``) sees a quantizer and not the dozen operations inside
 _OP_NAME = "symmetric_quantize"
 _CARRIER_BITS = 8
+#: attribute of the compressed model that holds the coordinators of algorithms that have one
+COORDINATORS = "fat_plugins_coordinators"
 
 
 def _quantize(x: Tensor, core: Quantizer) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +34,7 @@ from fat_plugins.errors import HostError, QuantizationError
 from fat_plugins.quantizer import LayerQuantizers, TensorSpec
 from fat_plugins.registry import get_algorithm
 
-_INPUT = "nncf_model_input"
+_INPUT, _OUTPUT = "nncf_model_input", "nncf_model_output"
 _OVERFLOW_BITS = 7
 
 
@@ -215,11 +215,11 @@ def _range(module: BaseQuantizer) -> tuple[float, float]:
 # --------------------------------------------------------------------------------------------------------------------
 # ours in the place of NNCF's
 # --------------------------------------------------------------------------------------------------------------------
-def _consumers(traced: Traced, point: Point, occupied: set[tuple[str, str, int]]) -> list[str]:
-    """Weighted layers that an activation quantizer feeds, through operations without quantizers."""
+def _readers(traced: Traced, point: Point, occupied: set[tuple[str, str, int]]) -> list[str]:
+    """Operations that an activation quantizer feeds: up to the next quantizer or weighted layer, nearest first."""
     graph, weighted = traced.graph, set(traced.layers.names)
     found: dict[str, None] = {}
-    seen: set[str] = set()
+    pending: list[Any] = []
 
     def leave(node: Any) -> None:
         for edge in graph.get_output_edges(node):
@@ -228,15 +228,12 @@ def _consumers(traced: Traced, point: Point, occupied: set[tuple[str, str, int]]
 
     def enter(node: Any) -> None:
         name = node.node_name
-        if name in seen:
+        if name in found or node.node_type == _OUTPUT:
             return
-        seen.add(name)
-        if name in weighted:
-            found[name] = None
-        elif ("post_hooks", name, 0) not in occupied:
+        found[name] = None
+        if name not in weighted and ("post_hooks", name, 0) not in occupied:
             pending.append(node)
 
-    pending: list[Any] = []
     for slot, name in zip(point.slots, point.nodes, strict=True):
         node = graph.get_node_by_name(name)
         if slot.startswith("pre_hooks"):
@@ -244,13 +241,14 @@ def _consumers(traced: Traced, point: Point, occupied: set[tuple[str, str, int]]
         else:
             leave(node)
     while pending:  # not recursive: networks are deep
-        leave(pending.pop())
+        leave(pending.pop(0))
     return list(found)
 
 
-def _activation_name(point: Point) -> str:
-    slot = point.slots[0]
-    return f"{point.nodes[0]}:{point.ports[0]}" if slot.startswith("pre_hooks") else point.nodes[0]
+def _activation_spec(traced: Traced, readers: list[str]) -> TensorSpec:
+    layers = [n for n in traced.layers.names if n in set(readers)]
+    reader = traced.names.path(layers[0]) if layers else readers[0] if readers else "the output"
+    return TensorSpec("activation", DEFAULT_BITS, name=f"input of {reader}", channel_axis=1)
 
 
 def _weight_spec(traced: Traced, point: Point, keep_zeros: bool) -> TensorSpec:
@@ -270,18 +268,18 @@ def resolve(
     occupied = {decode_hook_name(s) for p in points if p.tensor is None for s in p.slots}
     resolved = []
     for point in points:
-        role, group = ("weight", config.weights) if point.tensor else ("activation", config.activations)
-        if role == "weight":
-            edge = traced.layers.weight_edge(next((n for n in point.nodes if n in traced.layers.names), ""))
-            spec, nodes = _weight_spec(traced, point, keep_zeros), point.nodes
+        if point.tensor is not None:
+            role, group, nodes = "weight", config.weights, point.nodes
+            edges = {traced.layers.weight_edge(n) for n in nodes}
+            edge = next((e for e in ("first", "last") if e in edges), None)
+            spec = _weight_spec(traced, point, keep_zeros)
         else:
-            consumers = _consumers(traced, point, occupied)
-            edge = traced.layers.activation_edge(consumers)
-            spec, nodes = TensorSpec("activation", DEFAULT_BITS, name=_activation_name(point), channel_axis=1), [
-                *point.nodes, *consumers,
-            ]  # fmt: skip
             if not config.quantize_inputs and _at_input(traced, point):
                 continue
+            role, group, nodes = "activation", config.activations, _readers(traced, point, occupied)
+            edge = traced.layers.activation_edge(nodes)
+            spec = _activation_spec(traced, nodes)
+            nodes += [n for n in point.nodes if traced.graph.get_node_by_name(n).node_type == _INPUT]
         if traced.names.matches(group.ignored_scopes, nodes):
             continue
         if group.target_scopes and not traced.names.matches(group.target_scopes, nodes):
@@ -337,12 +335,12 @@ def _device(model: nn.Module) -> torch.device:
 def install(traced: Traced, resolved: list[tuple[Point, PluginQuantizer]]) -> None:
     """Put the hooks into the slots that NNCF chose, on the user's own model."""
     storage = get_hook_storage(traced.model)
-    names: dict[tuple[str, str], int] = defaultdict(int)
+    names: Counter[tuple[str, str]] = Counter()
     for point, hook in resolved:
         key = (hook.core.role, hook.name)
         names[key] += 1
         if names[key] > 1:  # exporters tell quantizers apart by their names
-            hook.core.spec = dataclasses.replace(hook.core.spec, name=f"{hook.name}#{names[key]}")
+            hook.core.spec = dataclasses.replace(hook.core.spec, name=f"{hook.name} ({names[key]})")
         hook.train(traced.model.training)
         for slot in point.slots:
             set_hook(storage, slot, hook)
@@ -357,7 +355,7 @@ def layer_quantizers(traced: Traced, algorithm: str) -> list[LayerQuantizers]:
     for hook, slots in hooks.items():
         nodes = [decode_hook_name(s)[1] for s in slots]
         if hook.tensor is None:
-            for consumer in _consumers(traced, Point(slots, nodes), occupied):
+            for consumer in _readers(traced, Point(slots, nodes), occupied):
                 inputs.setdefault(consumer, hook)
         else:
             weights.update({node: hook for node in nodes})

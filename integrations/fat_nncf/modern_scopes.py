@@ -42,6 +42,7 @@ class NodeNames:
 
     def __init__(self, graph: Any, model: nn.Module) -> None:
         self._names: dict[str, tuple[str, ...]] = {}
+        self._paths: dict[str, str] = {}
         self._modules = dict(model.named_modules())
         self._root = type(model).__name__
         calls: dict[tuple[str, str], int] = defaultdict(int)
@@ -53,6 +54,7 @@ class NodeNames:
                 self._names[node.node_name] = (node.node_name, f"/{node.node_type}_{index}")
             elif node.node_type != CONST:
                 path = self._module_path(graph, node)
+                self._paths[node.node_name] = path
                 index = calls[path, node.node_type]
                 calls[path, node.node_type] += 1
                 op = f"{node.node_type}_{index}"
@@ -98,6 +100,10 @@ class NodeNames:
     def select(self, scopes: Iterable[str] | str | None) -> set[str]:
         """Names of all nodes that the scopes match."""
         return {node for node in self._names if self.matches(scopes, [node])}
+
+    def path(self, node_name: str) -> str:
+        """Path of the module that runs a node; the node's own name for an operation of the root."""
+        return self._paths.get(node_name) or node_name
 
     def operations(self) -> set[str]:
         """Names of all nodes that can be matched."""
