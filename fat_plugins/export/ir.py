@@ -187,7 +187,8 @@ def _rewrite_weight(root: Any, entry: Entry, shared: dict, names: set) -> None:
     if entry.storage.note:
         entry.notes.append(entry.storage.note)
     if module.levels.numel() and not _fits(module.levels, -128, 127):
-        entry.notes.append("levels beyond 8 bits: runs in float")
+        least, most = int(module.levels[0]), int(module.levels[-1])
+        entry.notes.append(f"levels {least} .. {most} do not fit 8 bits: runs in float")
 
 
 def _fits(levels: Any, low: int, high: int) -> bool:
@@ -357,24 +358,43 @@ def _uniform(source: Any, form: UniformGrid, entry: Entry) -> Any:
 def _staircase(source: Any, form: Any, entry: Entry) -> Any:
     """A sum of comparisons, exact, then the 8-bit grid as a carrier that changes nothing."""
     op, scale = _ov.opset(), _scale(source, form)
-    levels = form.levels.detach().cpu().numpy()
-    steps, prefix = np.diff(levels), f"{QUANTIZE}{entry.name}"
-    total: Any = _ov.scalar(float(levels[0]))
-    for i, threshold in enumerate(form.thresholds.detach().cpu().double().numpy()):
-        above = op.greater(source, op.constant(_largest_below(threshold, scale.astype(np.float32))))
-        above.set_friendly_name(f"{prefix}|above{i}")
-        one = op.convert(above, "f32")
-        term = op.multiply(one, _ov.scalar(float(steps[i])))
-        total = op.add(total, term)
-        for node, part in ((one, "one"), (term, "term"), (total, "sum")):
-            node.set_friendly_name(f"{prefix}|{part}{i}")
+    levels, prefix = form.levels.detach().cpu().numpy(), f"{QUANTIZE}{entry.name}"
+    thresholds = [_largest_below(t, scale.astype(np.float32)) for t in form.thresholds.detach().cpu().double().numpy()]
+    if len(thresholds) > 8 and _ov.version() < (2025, 1) and not scale.ndim:
+        total = _looked_up(source, thresholds, levels, prefix)
+    else:
+        total = _compared(source, thresholds, levels, prefix)
     value = op.multiply(total, op.constant(scale.astype(np.float32)))
     value.set_friendly_name(f"{prefix}|value")
     low, high = _carrier(int(levels[0]), int(levels[-1]))
     if high - low > 255 or scale.ndim:
-        entry.notes.append("levels beyond 8 bits or a scale per channel: its readers run in float")
+        why = "one scale per channel" if scale.ndim else f"levels {levels[0]} .. {levels[-1]} do not fit 8 bits"
+        entry.notes.append(f"{why}: its readers run in float")
         return value
     return _fake_quantize(value, scale, low, high)
+
+
+def _compared(source: Any, thresholds: list[np.ndarray], levels: np.ndarray, prefix: str) -> Any:
+    op, total = _ov.opset(), _ov.scalar(float(levels[0]))
+    for i, (threshold, gap) in enumerate(zip(thresholds, np.diff(levels), strict=True)):
+        above = op.greater(source, op.constant(threshold))
+        one = op.convert(above, "f32")
+        term = op.multiply(one, _ov.scalar(float(gap)))
+        total = op.add(total, term)
+        for node, part in ((above, "above"), (one, "one"), (term, "term"), (total, "sum")):
+            node.set_friendly_name(f"{prefix}|{part}{i}")
+    return total
+
+
+def _looked_up(source: Any, thresholds: list[np.ndarray], levels: np.ndarray, prefix: str) -> Any:
+    """The same as a binary search. Slower (2.1 against 0.5 ms on 200,000 elements with 15 levels), but OpenVINO 2024.6
+    cannot compile more than about ten comparisons in a row."""
+    op = _ov.opset()
+    index = op.bucketize(source, op.constant(np.stack(thresholds)), output_type="i32")
+    index.set_friendly_name(f"{prefix}|index")
+    level = op.gather(op.constant(levels.astype(np.float32)), index, _ov.scalar(0, np.int32))
+    level.set_friendly_name(f"{prefix}|level")
+    return level
 
 
 def _largest_below(threshold: float, scale: np.ndarray) -> np.ndarray:

@@ -210,7 +210,7 @@ def test_levels_beyond_8_bits_run_in_float_and_say_so(tmp_path):
         form=lambda w: codebook(w, 5, powers(15, True)), activation=staircase(4, powers(15, False)),
     )  # fmt: skip
     x = torch.rand(2, 16, 8, 8) * 3
-    with pytest.warns(UserWarning, match=r"layer.input: levels beyond 8 bits.*1 more"):
+    with pytest.warns(UserWarning, match=r"layer.input: levels 0 .. 16384 do not fit 8 bits.*1 more"):
         report = export(model, tmp_path / "m.xml", x)
     assert [n.split(":")[0] for n in report.notes] == ["layer.input", "layer"]
     assert_same(tmp_path / "m.xml", model, x)
@@ -399,7 +399,7 @@ def test_kernels_of_a_foreign_model(tmp_path):
     with pytest.raises(ExportError, match="no such file"):
         kernels(tmp_path / "none.xml")
     op = _ov.opset()
-    x = op.parameter([1, 2], "f32")
+    x = op.parameter([1, 2])
     model = openvino.Model([op.result(op.relu(x))], [x])
     with pytest.raises(ExportError, match="was not written by fat-plugins"):
         kernels(model)
