@@ -14,12 +14,13 @@ pytest.importorskip("nncf")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import crossgen  # noqa: E402
-import fat_nncf  # noqa: E402
-from fat_nncf.export import export_openvino, verify_openvino  # noqa: E402
-from fat_plugins import ExportError, FatPluginsError  # noqa: E402
-from fat_plugins.export import _ov  # noqa: E402
-from fat_plugins.export.openvino import kernels  # noqa: E402
+import crossgen
+import fat_nncf
+from fat_nncf.export import export_openvino, verify_openvino
+
+from fat_plugins import ExportError, FatPluginsError
+from fat_plugins.export import _ov
+from fat_plugins.export.openvino import kernels
 
 
 class Residual(nn.Module):
