@@ -78,7 +78,7 @@ def versions(host: Host) -> dict[str, str]:
     if importlib.util.find_spec("openvino") is not None:
         import openvino
 
-        found["openvino"] = openvino.__version__
+        found["openvino"] = openvino.__version__.split("-")[0]
     return found
 
 

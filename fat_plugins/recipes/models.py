@@ -33,10 +33,10 @@ class DigitsCNN(nn.Module):
         super().__init__()
         wide = 2 * width
         self.stem = _block(in_channels, width, 3)
-        self.conv1 = _block(width, wide, 3)
+        self.conv1 = _block(width, wide, 3, stride=2)
         self.depthwise = _block(wide, wide, 3, groups=wide)
         self.pointwise = _block(wide, wide, 1)
-        self.conv2 = _block(wide, wide, 3, stride=2)
+        self.conv2 = _block(wide, wide, 3)
         self.conv3 = _block(wide, wide, 3)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.head = nn.Linear(wide, classes)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
+import warnings
+from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,10 @@ from torch.utils.data import DataLoader
 from fat_plugins.errors import HostError
 
 
+def _errors_only(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
 class NNCFHost:
     """See :class:`fat_plugins.recipes.hosts.Host`.
 
@@ -20,10 +27,11 @@ class NNCFHost:
     """
 
     def __init__(self) -> None:
+        # a recipe run has its own progress; what NNCF says while it is imported counts too
+        logging.getLogger("nncf").addFilter(_errors_only)
         import fat_nncf
 
         self._fat_nncf = fat_nncf
-        logging.getLogger("nncf").setLevel(logging.WARNING)  # a recipe run has its own progress
 
     def versions(self) -> dict[str, str]:
         """Version of NNCF."""
@@ -46,9 +54,13 @@ class NNCFHost:
         config = {"input_info": {"sample_size": list(example_input.shape)}, **config}
         nncf_config = self._fat_nncf.NNCFConfig.from_dict(config)
         nncf_config = self._fat_nncf.register_default_init_args(nncf_config, loader)
-        return self._fat_nncf.create_compressed_model(
-            model, nncf_config, compression_state=compression_state, dump_graphs=False
-        )
+        # NNCF draws bars on standard output, where a command's results belong
+        with redirect_stdout(sys.stderr), warnings.catch_warnings():
+            # NNCF 2 advertises its other API here
+            warnings.filterwarnings("ignore", category=FutureWarning, module="nncf")
+            return self._fat_nncf.create_compressed_model(
+                model, nncf_config, compression_state=compression_state, dump_graphs=False
+            )
 
     def compression_state(self, controller: Any) -> Any:
         """What rebuilds the compressed model."""
