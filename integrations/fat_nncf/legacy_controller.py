@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from nncf.common.quantization.collectors import QuantizerDescription
 from nncf.common.schedulers import BaseCompressionScheduler
 from nncf.common.statistics import NNCFStatistics
 from nncf.common.utils.backend import copy_model
@@ -82,11 +83,13 @@ class PluginScheduler(BaseCompressionScheduler):
 class _StatisticsCollector(PTQuantizationStatisticsCollector):
     """NNCF takes every class that it does not know for an asymmetric quantizer; ours have no zero point."""
 
-    def _collect_quantizers_descriptions(self):
-        descriptions = super()._collect_quantizers_descriptions()
-        for description in descriptions:
-            description.is_symmetric = True
-        return descriptions
+    def _collect_quantizers_descriptions(self) -> list[QuantizerDescription]:
+        weights = [(True, q) for q in self._weight_quantizers.values()]
+        activations = [(False, q) for q in self._non_weight_quantizers.values()]
+        return [
+            QuantizerDescription(q.num_bits, q.per_channel, q.signed, True, is_weight, q.is_enabled_quantization())
+            for is_weight, q in weights + activations
+        ]
 
 
 class PluginController(QuantizationController):

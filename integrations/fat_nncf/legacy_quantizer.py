@@ -27,8 +27,8 @@ MODE = "fat_plugins"
 class PluginQuantizerSpec(PTQuantizerSpec):
     """NNCF's description of a quantization point, plus :attr:`plugin`: what builds our quantizer, in JSON types.
 
-    ``plugin`` has ``algorithm``, ``spec`` (:meth:`TensorSpec.to_dict`), ``params``, ``readers`` (names of the nodes that
-    read the tensor) and ``from_data`` (calibrate on batches instead of NNCF's ranges).
+    ``plugin`` has ``algorithm``, ``spec`` (:meth:`TensorSpec.to_dict`), ``params``, ``readers`` (names of the nodes
+    that read the tensor) and ``from_data`` (calibrate on batches instead of NNCF's ranges).
     """
 
     plugin: dict[str, Any]
@@ -72,11 +72,10 @@ def plugin_quantize(x: Tensor, core: torch.nn.Module, skip: bool = False) -> Ten
     return x if skip else core(x)
 
 
-def form_bounds(form: UniformGrid, ndim: int) -> tuple[Tensor, Tensor]:
-    """``(input_low, input_high)`` of a FakeQuantize: 1 element, or broadcastable to ``ndim`` dimensions."""
+def _along(form: Form, ndim: int) -> Tensor:
+    """Scale of a form as FakeQuantize wants it: 1 element, or broadcastable to ``ndim`` dimensions."""
     scale = form.scale.detach()
-    scale = scale.reshape(1) if scale.numel() == 1 else per_channel_view(scale, ndim, form.channel_axis)
-    return scale * form.low, scale * form.high
+    return scale.reshape(1) if scale.numel() == 1 else per_channel_view(scale, ndim, form.channel_axis)
 
 
 def staircase_ops(form: Any, x: Tensor) -> Tensor:
@@ -231,20 +230,35 @@ class PluginQuantizer(BaseQuantizer):
             if not isinstance(form, UniformGrid):
                 return x if self.is_weight else staircase_ops(form, x)
             with no_jit_trace():
-                low, high = form_bounds(form, x.ndim)
+                first, last = self._carrier(form)
+                low, high = (_along(form, x.ndim) * bound for bound in (first, last))
                 axis = form.channel_axis if form.scale.numel() > 1 else None
                 scale = form.scale.detach() if axis is not None else form.scale.detach().reshape(())
                 zero = torch.zeros_like(scale, dtype=torch.int32)
+                ends = float(form.low * scale.max()), float(form.high * scale.max())
+            if not self.is_weight and (first, last) != (form.low, form.high):
+                x = torch.clamp(x, *ends)
             return ExportQuantizeToFakeQuantize.apply(
-                x, form.high - form.low + 1, low, high, low, high, scale, zero, form.low, form.high, axis
+                x, last - first + 1, low, high, low, high, scale, zero, first, last, axis
             )
 
+    def _carrier(self, form: UniformGrid) -> tuple[int, int]:
+        """The codes of the FakeQuantize that carries ``form`` without changing a value.
+
+        OpenVINO packs a FakeQuantize of up to 16 levels over a constant into 4-bit codes and swaps neighbours doing so,
+        and computes activations on 255 levels inexactly (both seen in 2024.6 and 2025.4).
+        """
+        if self.is_weight:
+            return (-127, 127) if form.bits < 8 else (form.low, form.high)
+        return (-128, 127) if form.signed else (form.low, form.high)
+
     def _get_input_low_input_high(self) -> tuple[Tensor, Tensor]:
-        return form_bounds(self._uniform_activation(), 4)
+        form = self._uniform_activation()
+        return form.scale.detach() * form.low, form.scale.detach() * form.high
 
     def _prepare_export_quantization(self, x: Tensor) -> tuple[Tensor, int, int, Tensor, Tensor]:
         form = self._uniform_activation()
-        return x, form.high, form.low, *form_bounds(form, x.ndim)
+        return x, form.high, form.low, *self._get_input_low_input_high()
 
     def get_parameters_for_torch_fq(self) -> tuple[int, int, Tensor, Tensor]:
         form = self._uniform_activation()
@@ -254,7 +268,7 @@ class PluginQuantizer(BaseQuantizer):
         form = None if self.is_weight else self.form()
         if not isinstance(form, UniformGrid):
             raise QuantizationError(
-                f"{self.spec.name}: not a uniform activation grid, torch has no FakeQuantize for it"
+                f"{self.spec.name}: not a uniform activation grid, torch has no such FakeQuantize"
             )
         return form
 
