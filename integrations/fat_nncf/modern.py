@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import nncf
+import torch
 from nncf.torch.function_hook import get_hook_storage, is_wrapped
 from nncf.torch.function_hook.pruning.magnitude.modules import UnstructuredPruningMask
 from nncf.torch.function_hook.pruning.rb.modules import RBPruningMask
@@ -81,6 +82,8 @@ class HookableSequential(nn.Sequential):
 def _wrappable(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise HostError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise HostError("NNCF 3 cannot hook into a TorchScript module; give the Python model it was made from")
     if is_wrapped(model) and any(isinstance(m, PluginQuantizer) for m in model.modules()):
         raise HostError(f"{type(model).__name__} is compressed already; give the original model")
     if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward:

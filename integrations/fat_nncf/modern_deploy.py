@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,9 @@ def export_onnx(
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=folder)
     os.close(handle)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            # the other exporter cannot look through NNCF's hooks
+            warnings.simplefilter("ignore", DeprecationWarning)
             torch.onnx.export(
                 clone, args, temporary, kwargs=kwargs or None, input_names=input_names, output_names=output_names,
                 opset_version=opset or 17, dynamo=False,
