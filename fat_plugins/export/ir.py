@@ -18,6 +18,7 @@ from torch import nn
 
 from fat_plugins.errors import ExportError
 from fat_plugins.export import _ov
+from fat_plugins.export.fold import constant_of, fold_affine, plain_max_pools, static_shape
 from fat_plugins.export.packing import Storage, choose_storage, collapse
 from fat_plugins.forms import Form, UniformGrid
 from fat_plugins.frozen import FrozenActivation, FrozenWeight, frozen_modules
@@ -108,6 +109,7 @@ def rewrite(model: Any, entries: list[Entry]) -> None:
             _rewrite_weight(nodes[entry.tag], entry, shared, names)
         else:
             _rewrite_activation(nodes[entry.tag], entry)
+    plain_max_pools(model)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -122,29 +124,17 @@ class _Use:
     scale: np.ndarray  # float64, broadcastable to shape
 
 
-def _constant(value: Any) -> np.ndarray | None:
-    node = value.get_node()
-    if node.get_type_name() == "Convert":  # constants of some versions are kept in half precision
-        node = node.input_value(0).get_node()
-    return np.asarray(node.data, dtype=np.float64) if node.get_type_name() == "Constant" else None
-
-
-def _static(output: Any) -> tuple[int, ...] | None:
-    shape = output.get_partial_shape()
-    return tuple(shape.to_shape()) if shape.is_static else None
-
-
 def _uses(output: Any, shape: tuple[int, ...], scale: np.ndarray) -> Iterator[_Use]:
     for target in list(output.get_target_inputs()):
         node = target.get_node()
         kind, end = node.get_type_name(), node.output(0) if node.get_output_size() else None
         if kind == "Multiply":
-            factor = _constant(node.input_value(1 - target.get_index()))
-            if factor is not None and _static(end) == shape:
+            factor = constant_of(node.input_value(1 - target.get_index()))
+            if factor is not None and static_shape(end) == shape:
                 yield from _uses(end, shape, scale * factor)
                 continue
-        if kind in _SHAPE_ONLY and target.get_index() == 0 and _static(end) is not None:
-            new = _static(end)
+        if kind in _SHAPE_ONLY and target.get_index() == 0 and static_shape(end) is not None:
+            new = static_shape(end)
             # a scale of one element fits any shape; else it follows the weight through the reshape
             full = np.ones([1] * len(new)) * scale.reshape(-1)[0] if scale.size == 1 else None
             if full is None:
@@ -165,7 +155,7 @@ def _rewrite_weight(root: Any, entry: Entry, shared: dict, names: set) -> None:
         node = use.target.get_node()
         layer = unique(module.name, "layer", names)
         is_layer = node.get_type_name() in LAYER_TYPES and use.target.get_index() == 1
-        factors = _fold_affine(node, use.shape) if is_layer else None
+        factors = fold_affine(node, use.shape) if is_layer else None
         if factors is not None:
             use.scale = use.scale * factors
         key = (module.name, use.shape)
@@ -218,81 +208,6 @@ def _integers(module: FrozenWeight, shape: tuple[int, ...]) -> tuple[Any, Storag
             out = op.subtract(out, _ov.scalar(storage.zero_point, np.int8))
     out.set_friendly_name(f"{WEIGHT}{name}|integers")
     return out.output(0), storage
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# batch norm (or any affine map per output channel) behind a quantized layer
-# --------------------------------------------------------------------------------------------------------------------
-def _channel_view(node: Any, weight_shape: tuple[int, ...], per_channel: np.ndarray) -> np.ndarray:
-    """Factors per output channel in a shape that broadcasts to the layer's weight."""
-    kind, view = node.get_type_name(), [1] * len(weight_shape)
-    if kind in ("GroupConvolution", "GroupConvolutionBackpropData"):
-        out_axis = 1 if kind == "GroupConvolution" else 2
-        view[0], view[out_axis] = weight_shape[0], weight_shape[out_axis]
-    elif kind == "MatMul":
-        transposed = bool(node.get_attributes()["transpose_b"])
-        view[-2 if transposed else -1] = per_channel.size
-    else:
-        view[0 if kind == "Convolution" else 1] = per_channel.size
-    return per_channel.reshape(view)
-
-
-def _per_channel(value: np.ndarray | None, rank: int, axis: int, channels: int) -> np.ndarray | None:
-    """``value`` as a vector of ``channels``, or ``None`` when it varies along another axis."""
-    if value is None or value.ndim > rank:
-        return None
-    full = value.reshape([1] * (rank - value.ndim) + list(value.shape))
-    if full.size != full.shape[axis] or full.size not in (1, channels):
-        return None
-    return np.broadcast_to(full.reshape(-1), (channels,)).copy()
-
-
-def _fold_affine(layer: Any, weight_shape: tuple[int, ...]) -> np.ndarray | None:
-    """Fold the multiplications behind ``layer`` and give the factors on its weight's scale; additions become one."""
-    rank = layer.output(0).get_partial_shape().rank
-    if rank.is_dynamic or (layer.get_type_name() == "MatMul" and len(weight_shape) != 2):
-        return None
-    rank = rank.get_length()
-    axis = rank - 1 if layer.get_type_name() == "MatMul" else 1
-    size = layer.output(0).get_partial_shape()[axis]
-    if size.is_dynamic:
-        return None
-    channels = size.get_length()
-    gain, shift, end, last = np.ones(channels), np.zeros(channels), layer.output(0), None
-    folded = False
-    while len(end.get_target_inputs()) == 1:
-        target = next(iter(end.get_target_inputs()))
-        node, kind = target.get_node(), target.get_node().get_type_name()
-        if kind == "BatchNormInference" and target.get_index() == 0 and axis == 1:
-            gamma, beta, mean, var = (_constant(node.input_value(i)) for i in (1, 2, 3, 4))
-            if any(v is None for v in (gamma, beta, mean, var)):
-                break
-            factor = gamma / np.sqrt(var + node.get_attributes()["epsilon"])
-            gain, shift, folded = gain * factor, (shift - mean) * factor + beta, True
-        elif kind in ("Multiply", "Add", "Subtract") and (kind != "Subtract" or target.get_index() == 0):
-            other = _per_channel(_constant(node.input_value(1 - target.get_index())), rank, axis, channels)
-            if other is None or _static_differs(node.output(0), end):
-                break
-            if kind == "Multiply":
-                gain, shift, folded = gain * other, shift * other, True
-            else:
-                shift = shift + (other if kind == "Add" else -other)
-        else:
-            break
-        end, last = node.output(0), node
-    if not folded:
-        return None
-    op, view = _ov.opset(), [1] * rank
-    view[axis] = channels
-    added = op.add(layer, op.constant(shift.reshape(view).astype(np.float32)))
-    added.set_friendly_name(last.get_friendly_name())
-    for target in list(end.get_target_inputs()):
-        target.replace_source_output(added.output(0))
-    return _channel_view(layer, weight_shape, gain)
-
-
-def _static_differs(a: Any, b: Any) -> bool:
-    return a.get_partial_shape().rank != b.get_partial_shape().rank
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -238,6 +238,37 @@ def test_a_layer_that_is_called_twice(tmp_path):
     assert report.weights_bytes < 8 * 8 * 9 / 2 + 200  # the codes stand in the file once
 
 
+class Pooled(nn.Module):
+    """A max pool between a quantizer and the convolution that reads it."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.quantize, self.pool = FrozenActivation(activation_grid(4), "q"), nn.MaxPool2d(3, 2, **options)
+        self.layer = Layer("layer", 16, 16, activation=None)
+
+    def forward(self, x):
+        return self.layer(self.pool(self.quantize(x)))
+
+
+@pytest.mark.parametrize(
+    ("options", "size"), [(dict(ceil_mode=True), 16), (dict(ceil_mode=True, padding=1), 16), (dict(), 15)]
+)
+def test_max_pools_let_integers_through(options, size, tmp_path):
+    model = build(Pooled, **options)
+    x = torch.rand(2, 16, size, size) * 4
+    write(model, tmp_path / "m.xml", x)
+    assert_same(tmp_path / "m.xml", model, x)
+    assert kernels(tmp_path / "m.xml")[0].speed == "int8"
+
+
+def test_a_ceil_pool_whose_shape_would_change_stays(tmp_path):
+    model = build(Pooled, ceil_mode=True, padding=1)
+    model.pool.kernel_size = 2  # the last window would start in the padding: torch drops it, plain ceil does not
+    x = torch.rand(1, 16, 9, 9) * 4
+    write(model, tmp_path / "m.xml", x)
+    assert_same(tmp_path / "m.xml", model, x)
+
+
 class TwoInputs(nn.Module):
     def __init__(self):
         super().__init__()
