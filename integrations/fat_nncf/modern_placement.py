@@ -177,9 +177,9 @@ def place(
         raise
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
-        raise HostError(f"NNCF cannot quantize {type(traced.model).__name__}: {type(error).__name__}: {reason}") from (
-            error
-        )
+        raise HostError(
+            f"NNCF cannot quantize {type(traced.model).__name__}: {type(error).__name__}: {reason}"
+        ) from None
     finally:
         for module, training in modes.items():
             module.training = training

@@ -144,6 +144,16 @@ def test_onnx_runtime(trained, tmp_path):
     assert np.abs(out - reference.numpy()).max() < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:.*do not fit 8 bits:UserWarning")  # power-of-two levels up to 2^14
+def test_openvino_ir_holds_the_trained_codes(trained, tmp_path):
+    pytest.importorskip("openvino")
+    from fat_nncf.export import verify_openvino
+
+    _, model, _ = trained
+    fat_nncf.export_openvino(model, tmp_path / "model.xml", batch())
+    assert verify_openvino(model, tmp_path / "model.xml", batch()).ok
+
+
 def test_bad_export_targets(tmp_path):
     controller, _ = compress()
     with pytest.raises(ExportError, match="no such directory"):
