@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter
 from typing import Annotated, Any
 
 import typer
@@ -167,7 +168,9 @@ def _train(
             raise ConfigError(f"--seed: {seeds} repeat each other")
         recipe.seeds = list(seeds)
     target = output or Path("runs") / recipe.name
-    report = run(recipe, target, overwrite=overwrite, reporter=Reporter(quiet))
+    reporter, start = Reporter(quiet), perf_counter()
+    report = run(recipe, target, overwrite=overwrite, reporter=reporter)
+    reporter.say(f"done in {perf_counter() - start:.0f} s")
     console = _console()
     for table in report.tables():
         console.print(table)

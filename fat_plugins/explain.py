@@ -17,9 +17,15 @@ class Expected:
         self.text = text
 
 
+def first_error(error: ValidationError) -> Any:
+    """The error to report: an unknown key before anything else, since a misspelt key is why another one is missing."""
+    errors = error.errors()
+    return next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+
+
 def explain(error: ValidationError, model: type[BaseModel], where: str = "") -> str:
     """One line for a pydantic error: the key's path, the value, what is allowed, the nearest valid key."""
-    first = error.errors()[0]
+    first = first_error(error)
     annotation, loc = _annotation_at(model, first["loc"])
     path = ".".join(str(p) for p in ([where] if where else []) + list(loc))
     # the branches of one union are one mistake

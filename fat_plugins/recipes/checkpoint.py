@@ -117,7 +117,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             state = {k: file.get_tensor(k) for k in file.keys()}
     except (SafetensorError, OSError, struct.error, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from None
-    if description.pop("format", None) != FORMAT:
+    if not isinstance(description, dict) or description.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path}: unknown checkpoint layout; allowed: {FORMAT}; upgrade fat-plugins")
     try:
         return Checkpoint(state=state, **description)

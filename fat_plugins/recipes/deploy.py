@@ -42,7 +42,12 @@ class LayerRow:
 
 @dataclass
 class Deployment:
-    """The deployed model of one trained one. Sizes in bytes; ``verified`` is ``None`` when nothing was compared."""
+    """The deployed model of one trained one.
+
+    :param path: of the ``.xml``, within the run directory once it stands in a report.
+    :param weights_bytes, float_bytes: size of the ``.bin``, and what it would be with every weight in float32.
+    :param verified: ``None`` when nothing was compared.
+    """
 
     path: str
     accuracy: float

@@ -21,6 +21,13 @@ class Host(Protocol):
         """Names and versions of what took part, for reports."""
         ...
 
+    def check(self, config: dict[str, Any], example_input: Tensor) -> None:
+        """Refuse a config that the framework does not know or that does not fit the data, before any training.
+
+        :raises FatPluginsError: one line that says why.
+        """
+        ...
+
     def compress(
         self,
         model: nn.Module,

@@ -10,12 +10,20 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from fat_plugins.config import explain
 from fat_plugins.errors import ConfigError, nearest
+from fat_plugins.explain import explain, first_error
 from fat_plugins.recipes.schema import Recipe
 
 #: no honest recipe is larger; keeps a wrong file name from filling the memory
 MAX_BYTES = 1_000_000
+MAX_DEPTH = 50
+_STARTS = (
+    yaml.FlowSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.BlockMappingStartToken,
+)
+_ENDS = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
 
 
 def shipped() -> dict[str, Path]:
@@ -92,11 +100,20 @@ def _lines(node: yaml.Node | None, path: tuple = (), found: dict[tuple, int] | N
     return found
 
 
+def _refuse_bombs(text: str) -> None:
+    """Aliases, which can grow without bound, and nesting that no recipe has but that takes the parser minutes."""
+    depth = 0
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        depth += isinstance(token, _STARTS) - isinstance(token, _ENDS)
+        if depth > MAX_DEPTH:
+            raise ConfigError(f"line {token.start_mark.line + 1}: nested deeper than {MAX_DEPTH} levels")
+        if isinstance(token, yaml.AliasToken):
+            raise ConfigError(f"line {token.start_mark.line + 1}: YAML aliases (*name) are not allowed in recipes")
+
+
 def _parse(text: str, path: Path) -> tuple[Any, dict[tuple, int]]:
     try:
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=yaml.SafeLoader)):
-            # a recipe needs none, and nested ones grow without bound
-            raise ConfigError(f"{path}: YAML aliases (*name) are not allowed in recipes")
+        _refuse_bombs(text)
         return yaml.safe_load(text), _lines(yaml.compose(text, Loader=yaml.SafeLoader))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -106,10 +123,8 @@ def _parse(text: str, path: Path) -> tuple[Any, dict[tuple, int]]:
         raise ConfigError(f"{path}:{mark.line + 1 if mark else 1}: not a recipe: {problem}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply") from None
     except ConfigError as error:
-        raise error if str(error).startswith(str(path)) else ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def load_recipe(name: str | Path) -> Recipe:
@@ -127,7 +142,7 @@ def load_recipe(name: str | Path) -> Recipe:
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        loc = tuple(error.errors()[0]["loc"])
+        loc = tuple(first_error(error)["loc"])
         while loc not in lines and loc:
             loc = loc[:-1]
         raise ConfigError(f"{path}:{lines.get(loc, 1)}: {explain(error, Recipe)}") from None

@@ -97,6 +97,7 @@ class _Context:
     data: Data
     host: Host
     reporter: Reporter
+    root: Path
     seed: int = 0
 
     def title(self, name: str) -> str:
@@ -121,9 +122,12 @@ def train(
     if recipe.export is not None:
         require_openvino()
     data = recipe.data.build()
+    for variant in (None, *recipe.baselines):
+        for stage in recipe.training.stages:
+            host.check(recipe.config_for(variant, stage), data.example)
     with run_directory(directory, overwrite, reporter.say) as target:
         write_text(target / "recipe.yaml", dump_recipe(recipe))
-        context = _Context(recipe, data, host, reporter)
+        context = _Context(recipe, data, host, reporter, target)
         results: list[VariantResult] = []
         for i, seed in enumerate(recipe.seeds):
             context.seed = seed
@@ -269,9 +273,11 @@ class _Keeper:
 
 
 def _deploy(context: _Context, model: nn.Module, directory: Path) -> Deployment:
-    export = context.recipe.export
-    samples = context.data.test.tensors[0][: export.verify_samples] if export.verify else None
-    return deploy(context.host, model, model_path(directory), context.data.example, context.data.test_loader(), samples)
+    export, data, path = context.recipe.export, context.data, model_path(directory)
+    samples = data.test.tensors[0][: export.verify_samples] if export.verify else None
+    deployment = deploy(context.host, model, path, data.example, data.test_loader(), samples)
+    deployment.path = path.relative_to(context.root).as_posix()  # the directory may still be moved
+    return deployment
 
 
 @dataclass

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import nn
 
-from fat_plugins.config import CompressionConfig, Section, explain, is_plugin_section, split_sections
+from fat_plugins.config import CompressionConfig, Section, is_plugin_section, split_sections
 from fat_plugins.errors import ConfigError, unknown
+from fat_plugins.explain import explain
 from fat_plugins.recipes.data import DATASETS, Data
 from fat_plugins.recipes.models import MODELS
 from fat_plugins.registry import algorithms, get_algorithm
@@ -248,6 +249,8 @@ def complete_config(compression: Any) -> dict[str, Any]:
 def plugin_section(config: dict[str, Any]) -> dict[str, Any]:
     """The one section of ``config`` that names an algorithm of this package."""
     sections = split_sections(config["compression"])
+    if not sections:
+        raise ConfigError("compression: an empty list, expected a section with the key 'algorithm'")
     ours = [s for s in sections if is_plugin_section(s)]
     if not ours:
         raise ConfigError(f"compression.algorithm: {unknown('algorithm', sections[-1]['algorithm'], algorithms())}")

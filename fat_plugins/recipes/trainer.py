@@ -113,6 +113,8 @@ def fit(
     base = [group["lr"] for group in optimizer.param_groups]
     device, steps = device_of(model), len(loader)
     records: list[EpochRecord] = []
+    if controller is not None:
+        _announce(controller.scheduler, section.epochs, steps)
     with reporter.phase(title, section.epochs) as phase:
         for epoch in range(section.epochs):
             model.train()
@@ -142,6 +144,13 @@ def fit(
                 on_epoch(record)
     model.eval()
     return records
+
+
+def _announce(scheduler: Any, epochs: int, steps: int) -> None:
+    """Tell a scheduler how long training will be, if it has room for that (schedules of some algorithms need it)."""
+    for name, value in (("total_epochs", epochs), ("total_steps", epochs * steps)):
+        if hasattr(scheduler, name):
+            setattr(scheduler, name, value)
 
 
 def _train_step(

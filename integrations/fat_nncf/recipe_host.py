@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fat_plugins.errors import HostError
+from fat_plugins.errors import ConfigError
 
 
 def _errors_only(record: logging.LogRecord) -> bool:
@@ -37,6 +37,22 @@ class NNCFHost:
         """Version of NNCF."""
         return {"nncf": version("nncf")}
 
+    def check(self, config: dict[str, Any], example_input: Tensor) -> None:
+        """Refuse a config before any training.
+
+        :raises ConfigError: the images have another shape than the config says, or NNCF knows no such section.
+        """
+        self._config(config, example_input)
+
+    def _config(self, config: dict[str, Any], example_input: Tensor) -> Any:
+        shape = list(example_input.shape)
+        info = config.get("input_info") or {"sample_size": shape}
+        given = info.get("sample_size") if isinstance(info, dict) else None
+        if not isinstance(given, list) or given[1:] != shape[1:]:
+            raise ConfigError(f"compression: input_info.sample_size is {given}, the data gives {shape}")
+        with redirect_stdout(sys.stderr):
+            return self._fat_nncf.NNCFConfig.from_dict({**config, "input_info": info})
+
     def compress(
         self,
         model: nn.Module,
@@ -46,13 +62,7 @@ class NNCFHost:
         compression_state: Any = None,
     ) -> tuple[Any, nn.Module]:
         """Place and initialise quantizers by the NNCF config."""
-        shape = list(config.get("input_info", {}).get("sample_size", example_input.shape))
-        if shape[1:] != list(example_input.shape[1:]):
-            raise HostError(
-                f"compression: input_info.sample_size is {shape}, the data gives {list(example_input.shape)}"
-            )
-        config = {"input_info": {"sample_size": list(example_input.shape)}, **config}
-        nncf_config = self._fat_nncf.NNCFConfig.from_dict(config)
+        nncf_config = self._config(config, example_input)
         nncf_config = self._fat_nncf.register_default_init_args(nncf_config, loader)
         # NNCF draws bars on standard output, where a command's results belong
         with redirect_stdout(sys.stderr), warnings.catch_warnings():

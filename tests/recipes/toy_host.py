@@ -1,0 +1,71 @@
+"""A host of thirty lines for the core's tests: quantizers as parametrizations of convolutions and linear layers."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import fat_plugins
+from fat_plugins import CompressionConfig, ConfigError, TensorSpec, get_algorithm
+from fat_plugins.recipes.schema import plugin_section
+
+
+class Scheduler:
+    """Counts what the trainer drives."""
+
+    def __init__(self) -> None:
+        self.steps = self.epochs = 0
+        self.total_epochs = self.total_steps = None
+
+    def step(self) -> None:
+        self.steps += 1
+
+    def epoch_step(self) -> None:
+        self.epochs += 1
+
+
+class ToyHost:
+    """Quantizes weights only; remembers what it was asked."""
+
+    calls: list[dict] = []
+    controllers: list[SimpleNamespace] = []
+
+    def versions(self) -> dict[str, str]:
+        return {"toy": "1"}
+
+    def check(self, config, example_input):
+        if "refused" in config:
+            raise ConfigError("the toy host refuses")
+
+    def compress(self, model, config, loader, example_input, compression_state=None):
+        type(self).calls.append({"config": config, "state": compression_state, "batches": len(list(loader))})
+        parsed = CompressionConfig.parse(plugin_section(config))
+        specs = []
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, (nn.Conv2d, nn.Linear)):
+                continue
+            spec = TensorSpec("weight", 4, name=name, shape=tuple(module.weight.shape), followed_by_norm=True)
+            algorithm, spec, params = parsed.resolve(spec, lambda scope: False)
+            quantizer = get_algorithm(algorithm).make(spec, params)
+            if compression_state is None:
+                quantizer.calibrate(module.weight)
+            parametrize.register_parametrization(module, "weight", quantizer, unsafe=True)
+            specs.append([algorithm, spec.to_dict()])
+        zero = torch.zeros(())
+        controller = SimpleNamespace(scheduler=Scheduler(), loss=lambda: fat_plugins.regularization(model) or zero)
+        controller.state = json.loads(json.dumps(specs))
+        type(self).controllers.append(controller)
+        return controller, model
+
+    def compression_state(self, controller):
+        return controller.state
+
+    def freeze(self, model):
+        raise NotImplementedError
+
+    def export(self, model, path, example):
+        raise NotImplementedError
