@@ -8,6 +8,7 @@ operators run eagerly, under ``torch.jit.trace`` and under ``torch.export``.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,11 @@ def _(x, scale, levels, thresholds, low, high, axis, name):
     return torch.empty_like(x)
 
 
+def _on_cpu(form: Form) -> Form:
+    """The form for whoever reads it; what the forward needs follows the model's device as buffers."""
+    return replace(form, **{k: v.detach().cpu() for k, v in vars(form).items() if isinstance(v, Tensor)})
+
+
 def _levels(form: Form) -> Tensor:
     return torch.zeros(0, dtype=torch.int64) if isinstance(form, UniformGrid) else form.levels.detach().clone()
 
@@ -81,7 +87,7 @@ class FrozenWeight(nn.Module):
 
     def __init__(self, codes: Tensor, form: Form, name: str = "") -> None:
         super().__init__()
-        self.form, self.name = form, name
+        self.form, self.name = _on_cpu(form), name
         self.register_buffer("codes", codes.detach().to(torch.int32))
         self.register_buffer("scale", form.scale.detach().clone())
         self.register_buffer("levels", _levels(form))
@@ -105,7 +111,7 @@ class FrozenActivation(nn.Module):
 
     def __init__(self, form: Form | None, name: str = "") -> None:
         super().__init__()
-        self.form, self.name = form, name
+        self.form, self.name = form and _on_cpu(form), name
         if form is not None:
             uniform = isinstance(form, UniformGrid)
             thresholds = torch.zeros(0, dtype=torch.float64) if uniform else form.thresholds.detach().double().clone()

@@ -39,7 +39,8 @@ class Entry:
     module: Any
     tag: str
     storage: Storage | None = None
-    consumers: list[str] = field(default_factory=list)
+    readers: list[str] = field(default_factory=list)
+    operations: list[str] = field(default_factory=list)  # those readers that are a convolution or matmul
     notes: list[str] = field(default_factory=list)
 
 
@@ -171,9 +172,10 @@ def _rewrite_weight(root: Any, entry: Entry, shared: dict, names: set) -> None:
         use.target.replace_source_output(weight.output(0))
         if is_layer:
             node.set_friendly_name(layer)
+            entry.operations.append(layer)
         else:
             entry.notes.append(f"read by {node.get_type_name()}, not by a convolution or matmul")
-        entry.consumers.append(layer)
+        entry.readers.append(layer)
     if entry.storage.note:
         entry.notes.append(entry.storage.note)
     if module.levels.numel() and not _fits(module.levels, -128, 127):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import uuid
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from fat_plugins.errors import ExportError
 from fat_plugins.export import _ov
 from fat_plugins.export.ir import Converter, Entry, rewrite
-from fat_plugins.forms import UniformGrid, form_kind
+from fat_plugins.forms import form_kind
 from fat_plugins.frozen import frozen_modules
 from fat_plugins.quantizer import named_quantizers
 
@@ -88,7 +89,7 @@ def export(
     path = check_path(path)
     _check_model(frozen_model)
     _ov.openvino()
-    inputs = as_inputs(example_input)
+    inputs = on_device(frozen_model, as_inputs(example_input))
     model, entries = _convert(frozen_model.eval(), inputs, dynamic_batch)
     layers = [_layer_report(e) for e in entries if not (e.kind == "weight" and "#" in e.name)]
     model.set_rt_info(json.dumps(_description(entries)), _RT_INFO)
@@ -128,6 +129,12 @@ def as_inputs(example_input: Any) -> tuple[Tensor, ...]:
     if not isinstance(inputs, Sequence) or not inputs or not all(isinstance(x, Tensor) for x in inputs):
         raise ExportError(f"example_input must be a tensor or a tuple of tensors, got {type(example_input).__name__}")
     return tuple(inputs)
+
+
+def on_device(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """``inputs`` where the frozen model is."""
+    device = next(frozen_modules(model)).scale.device
+    return tuple(x.to(device) for x in inputs)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -174,9 +181,9 @@ def _description(entries: list[Entry]) -> list[dict[str, Any]]:
     """What is kept inside the IR, in the order of the trace, so that it can be read without the torch model."""
     out = []
     for e in entries:
-        out.append({"kind": e.kind, "name": e.name, "bits": e.module.form.bits, "layers": e.consumers})
-        if isinstance(e.module.form, UniformGrid):
-            out[-1]["codes"] = [e.module.form.low, e.module.form.high]
+        out.append({"kind": e.kind, "name": e.name, "bits": e.module.form.bits})
+        if e.kind == "weight":
+            out[-1] |= {"readers": e.readers, "operations": e.operations}
     return out
 
 
@@ -254,11 +261,11 @@ def kernels(path_or_model: Any, device: str = "CPU") -> list[Kernel]:
     :raises ExportError: no exported model, or a layer is not found in the compiled one.
     """
     model = read_model(path_or_model) if isinstance(path_or_model, (str, os.PathLike)) else path_or_model.clone()
-    layers = [layer for entry in description(model) for layer in entry["layers"]]
+    layers = [layer for entry in description(model) for layer in entry.get("operations", ())]
     if model.is_dynamic():  # with open dimensions the plugin picks a kernel at the first inference only
-        model.reshape(
-            {i: _ov.openvino().PartialShape([_length(d) for d in i.get_partial_shape()]) for i in model.inputs}
-        )
+        shape = _ov.openvino().PartialShape
+        with contextlib.suppress(RuntimeError):  # a model that works for other sizes only keeps its open ones
+            model.reshape({i: shape([_length(d) for d in i.get_partial_shape()]) for i in model.inputs})
     runtime = _ov.openvino().Core().compile_model(model, device).get_runtime_model()
     found: dict[str, Kernel] = {}
     for node in runtime.get_ordered_ops():

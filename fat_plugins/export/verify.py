@@ -21,7 +21,7 @@ from fat_plugins.errors import ExportError
 from fat_plugins.export import _ov
 from fat_plugins.export.graph import CutGraph, weight_integers
 from fat_plugins.export.ir import unique
-from fat_plugins.export.openvino import as_inputs, description, read_model
+from fat_plugins.export.openvino import as_inputs, description, on_device, read_model
 from fat_plugins.forms import UniformGrid
 from fat_plugins.frozen import FrozenActivation, FrozenWeight, frozen_modules
 
@@ -170,7 +170,7 @@ def verify(
     _same_model(calls, entries)
 
     report = VerifyReport(False, str(xml_path), device, _ov.openvino().__version__, int(inputs[0].shape[0]), tie_guard)
-    uses = {e["name"]: e["layers"] for e in entries if e["kind"] == "weight"}
+    uses = {e["name"]: e["readers"] for e in entries if e["kind"] == "weight"}
     layers = [layer for names in uses.values() for layer in names]
     for i, (kind, name) in enumerate(calls.order):
         if kind == "weight":
@@ -211,12 +211,12 @@ def _record(model: nn.Module, inputs: tuple[Tensor, ...], keep: bool = True) -> 
         if kind == "activation":
             calls.elements += args[0].numel()
             if keep:
-                calls.inputs[name] = args[0].detach()
+                calls.inputs[name] = args[0].detach().cpu()
 
     handles = [m.register_forward_hook(hook) for m in frozen_modules(model)]
     try:
         with torch.no_grad():
-            calls.outputs = list(_tensors(model(*inputs)))
+            calls.outputs = list(_tensors(model(*on_device(model, inputs))))
     except Exception as error:
         raise ExportError(f"the torch model refuses the inputs: {_ov.first_line(error)}") from error
     finally:
@@ -231,7 +231,7 @@ def _call_order(model: nn.Module, inputs: tuple[Tensor, ...]) -> _Calls:
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        yield value.detach()
+        yield value.detach().cpu()
     elif isinstance(value, dict):
         for v in value.values():
             yield from _tensors(v)
@@ -275,7 +275,7 @@ def _slices(inputs: tuple[Tensor, ...], model: Any, calls: _Calls) -> Iterator[t
 # --------------------------------------------------------------------------------------------------------------------
 def _check_weight(model: Any, layer: str, module: FrozenWeight, position: int) -> WeightCheck:
     found = weight_integers(model, layer).reshape(-1)
-    wanted = module.form.integers(module.codes).cpu().numpy().reshape(-1)
+    wanted = module.form.integers(module.codes.cpu()).numpy().reshape(-1)
     wrong = (found != wanted).sum() if found.size == wanted.size else wanted.size
     return WeightCheck(layer, position, wanted.size, int(wrong))
 
@@ -320,7 +320,7 @@ def _compare(
     calls = _record(model, inputs)
     feed = {name: x.float().contiguous() for name, x in calls.inputs.items()}
     codes = {name: calls.modules["activation", name].form.encode(x) for name, x in feed.items()}
-    arrays = [x.numpy() for x in inputs]
+    arrays = [x.cpu().numpy() for x in inputs]
     result = forced.run(arrays, feed)
     flipped = False
     for check in report.activations:
