@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, NoReturn
@@ -10,11 +11,13 @@ from typing import Any, NoReturn
 import torch
 from nncf import NNCFConfig
 from nncf.config.schema import NNCF_CONFIG_SCHEMA, REF_VS_ALGO_SCHEMA
-from nncf.torch import create_compressed_model, register_default_init_args
+from nncf.torch import create_compressed_model, initialization, register_default_init_args
 from nncf.torch.algo_selector import PT_COMPRESSION_ALGORITHMS
+from nncf.torch.composite_compression import PTCompositeCompressionAlgorithmController
 from nncf.torch.exporter import PTExporter
 
 from fat_nncf.legacy_builder import PluginBuilder
+from fat_nncf.legacy_controller import PluginController
 from fat_nncf.legacy_quantizer import PluginQuantizer
 from fat_nncf.legacy_strip import freeze
 from fat_plugins.config import CompressionConfig, is_plugin_section, json_schema
@@ -53,8 +56,11 @@ def _check_sections(config: Any) -> None:
             continue
         where = f"compression[{i}]" if isinstance(compression, list) else "compression"
         if is_plugin_section(section):
-            parsed = CompressionConfig.parse(section, where)
-            _check_initializer(parsed, where)
+            if "precision" in CompressionConfig.parse(section, where).initializer:
+                raise ConfigError(
+                    f"{where}.initializer.precision: bit widths are not searched; set weights.bits, activations.bits "
+                    "or scope_overrides"
+                )
         elif name not in REF_VS_ALGO_SCHEMA:
             message = unknown("algorithm", name, {*REF_VS_ALGO_SCHEMA, *algorithms()})
             if any(f"did you mean '{own}'" in message for own in algorithms()):
@@ -66,19 +72,6 @@ def _check_sections(config: Any) -> None:
             f"compression: {' and '.join(map(repr, quantizing))} both quantize; keep one of them and use "
             "scope_overrides for layers that need another algorithm"
         )
-
-
-def _check_initializer(section: CompressionConfig, where: str) -> None:
-    known = REF_VS_ALGO_SCHEMA[NNCF_QUANTIZATION]["properties"]["initializer"]["properties"]
-    for key in section.initializer:
-        if key == "precision":
-            raise ConfigError(
-                f"{where}.initializer.precision: bit widths are not searched; set weights.bits, activations.bits or "
-                "scope_overrides"
-            )
-        if key not in known:
-            options = sorted(k for k in known if k != "precision")
-            raise ConfigError(f"{where}.initializer: {unknown('key', key, options)}")
 
 
 def _relaxed_schema(algorithm: type[Algorithm]) -> dict[str, Any]:
@@ -127,7 +120,9 @@ def _torchscript_export(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, model, *args, **kwargs)
 
         def with_torchscript(*a: Any, **k: Any) -> Any:
-            return export(*a, **{"dynamo": False, **k})
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "You are using the legacy TorchScript", DeprecationWarning)
+                return export(*a, **{"dynamo": False, **k})
 
         torch.onnx.export = with_torchscript
         try:
@@ -136,6 +131,26 @@ def _torchscript_export(original: Callable[..., Any]) -> Callable[..., Any]:
             torch.onnx.export = export
 
     return call
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# several algorithms
+# --------------------------------------------------------------------------------------------------------------------
+def _quantizers_first(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Our weights are folded before other algorithms clean up: pruning clears input channels whose activations are
+    zero anyway, which would change the statistics that an algorithm takes over the whole weight."""
+
+    @wraps(original)
+    def strip(self: PTCompositeCompressionAlgorithmController, do_copy: bool = True, *args: Any, **kwargs: Any) -> Any:
+        children = self._child_ctrls
+        ours = [c for c in children if isinstance(c, PluginController)]
+        self._child_ctrls = ours + [c for c in children if c not in ours]
+        try:
+            return original(self, do_copy, *args, **kwargs)
+        finally:
+            self._child_ctrls = children
+
+    return strip
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -156,6 +171,9 @@ def register() -> None:
                 options.append({"$ref": f"#/$defs/{name}"})
     if not getattr(NNCFConfig.validate, "checks_plugins", False):
         NNCFConfig.validate = staticmethod(_with_check(NNCFConfig.validate))
+        initialization.wrap_dataloader_for_init = _with_first_batch(initialization.wrap_dataloader_for_init)
+        composite = PTCompositeCompressionAlgorithmController
+        composite.strip = _quantizers_first(composite.strip)
         PTExporter._torch_export_call = _torchscript_export(PTExporter._torch_export_call)
 
 
@@ -167,6 +185,17 @@ def _with_check(original: Callable[[Any], None]) -> Callable[[Any], None]:
 
     validate.checks_plugins = True
     return validate
+
+
+def _with_first_batch(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @wraps(original)
+    def wrap(data_loader: Any) -> Any:
+        try:
+            return original(data_loader)
+        except StopIteration:  # NNCF looks at the first batch
+            raise ConfigError("the loader of register_default_init_args gives no batch to calibrate on") from None
+
+    return wrap
 
 
 register()

@@ -70,10 +70,7 @@ class PluginBuilder(QuantizationBuilder):
         return setup
 
     def _get_quantizer_setup(self, target_model: NNCFNetwork) -> PTQuantizerSetup:
-        try:
-            setup = super()._get_quantizer_setup(target_model)
-        except StopIteration:  # NNCF looks at the loader's first batch
-            raise ConfigError("the loader of register_default_init_args gives no batch to calibrate on") from None
+        setup = super()._get_quantizer_setup(target_model)
         for point_id, point in setup.quantization_points.items():
             state = self._plans[point_id].state(point.qspec.half_range, self._explicit_range)
             point.qspec = PluginQuantizerSpec.extend(point.qspec, state)

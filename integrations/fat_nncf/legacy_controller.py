@@ -155,6 +155,13 @@ class PluginController(QuantizationController):
         if range_init_params is not None:
             calibrate_on_data(self.model, range_init_params)
 
+    def _do_runtime_range_init(self, range_init_params: Any) -> None:
+        weights, self.weight_quantizers = self.weight_quantizers, {}  # calibrated from the weights, not from ranges
+        try:
+            super()._do_runtime_range_init(range_init_params)
+        finally:
+            self.weight_quantizers = weights
+
     def statistics(self, quickly_collected_only: bool = False) -> NNCFStatistics:
         stats = NNCFStatistics()
         collector = _StatisticsCollector(

@@ -43,7 +43,7 @@ class PluginQuantizerSpec(PTQuantizerSpec):
             signedness_to_force=spec["signed"],
             narrow_range=False,
             half_range=False,
-            scale_shape=tuple(base.scale_shape),
+            scale_shape=(1,),  # NNCF's bookkeeping only: scales are the algorithm's own
             logarithm_scale=False,
             is_quantized_on_export=base.is_quantized_on_export,
             compression_lr_multiplier=base.compression_lr_multiplier,
@@ -80,10 +80,12 @@ def _along(form: Form, ndim: int) -> Tensor:
 
 def staircase_ops(form: Any, x: Tensor) -> Tensor:
     """A form with free thresholds in plain comparisons, for tracers that know no bucketize."""
-    scale = per_channel_view(form.scale, x.ndim, form.channel_axis)
-    r, levels = x / scale, form.levels.tolist()
+    with no_jit_trace():
+        levels, thresholds, steps = form.levels.tolist(), form.thresholds.tolist(), form.levels.diff().tolist()
+        scale = _along(form, x.ndim)
+    r = x / scale
     out = torch.full_like(r, float(levels[0]))
-    for threshold, step in zip(form.thresholds.tolist(), form.levels.diff().tolist(), strict=True):
+    for threshold, step in zip(thresholds, steps, strict=True):
         out = out + (r > threshold).to(r.dtype) * float(step)
     return out * scale
 
@@ -267,9 +269,7 @@ class PluginQuantizer(BaseQuantizer):
     def _uniform_activation(self) -> UniformGrid:
         form = None if self.is_weight else self.form()
         if not isinstance(form, UniformGrid):
-            raise QuantizationError(
-                f"{self.spec.name}: not a uniform activation grid, torch has no such FakeQuantize"
-            )
+            raise QuantizationError(f"{self.spec.name}: not a uniform activation grid, torch has no such FakeQuantize")
         return form
 
     def extra_repr(self) -> str:
