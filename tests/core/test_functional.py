@@ -11,6 +11,9 @@ from universal import cases, run, sample
 from fat_plugins import ConfigError, get_backend, set_backend
 from fat_plugins import functional as F
 
+# dynamo's own use of what torch has deprecated
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
+
 
 @pytest.fixture
 def backend():

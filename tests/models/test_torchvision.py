@@ -9,12 +9,12 @@ from __future__ import annotations
 import copy
 import json
 
+import fat_nncf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torchvision_shim import import_torchvision
 
-import fat_nncf
 from fat_plugins.export.openvino import kernels
 from fat_plugins.export.verify import verify
 from fat_plugins.forms import UniformGrid
@@ -33,6 +33,7 @@ MODELS = {
     "resnet50": (64, 4, {}),
     "inception_v3": (128, 4, {"aux_logits": False, "init_weights": False}),
 }
+HEAVY = ("resnet50", "inception_v3")
 CLASSES = 10
 
 
@@ -76,10 +77,7 @@ def compress(model, description, loader, state=None):
     return fat_nncf.create_compressed_model(model, prepared, compression_state=state)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["resnet18", "squeezenet1_1", "mobilenet_v2", pytest.param("resnet50", marks=heavy), pytest.param("inception_v3", marks=heavy)],
-)  # fmt: skip
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[heavy] * (n in HEAVY)) for n in MODELS])
 def test_model_from_float_to_integer_kernels(name, tmp_path):
     size, batch, _ = MODELS[name]
     original = build(name)
@@ -96,7 +94,7 @@ def test_model_from_float_to_integer_kernels(name, tmp_path):
     weights = {q.spec.name: q for _, q in named_quantizers(model) if q.role == "weight"}
     assert {n: q.spec.shape for n, q in weights.items()} == shapes
     edges = [n for n, q in weights.items() if q.spec.bits == 8]
-    assert edges == [list(layers)[0], list(layers)[-1]]
+    assert edges == [next(iter(layers)), list(layers)[-1]]
     assert all(q.spec.bits == 4 for n, q in weights.items() if n not in edges)
 
     # one step
