@@ -44,6 +44,12 @@ class Residual(nn.Module):
 LAYERS = ["stem", "conv1", "conv2", "hidden", "fc"]
 
 
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path_factory, monkeypatch):
+    """NNCF 2 writes drawings of its graphs into the current folder."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+
+
 def compress(algorithm, bits, **extra):
     torch.manual_seed(0)
     model = Residual()
