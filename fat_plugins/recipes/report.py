@@ -74,13 +74,13 @@ class RunReport:
             bits = _label(recipe.config_for(None, stage), "").strip()
             training.append(f"{bits}: {_phase(recipe.phase(stage))}")
         section = plugin_section(recipe.compression)
-        edges = [f"{edge} {section.get(f'{edge}_layer', 8)}" for edge in ("first", "last")]
+        edges = [f"{edge} layer: {section.get(f'{edge}_layer', 8)}" for edge in ("first", "last")]
         facts = {
             "Data": data,
             "Model": f"{recipe.model.name} {recipe.model.params or ''}".strip() + f", {parameters:,} parameters",
             "Float training": _phase(recipe.pretrain),
-            "Fine-tuning, same for all": "; ".join(training),
-            "Layers": f"all convolutions and linear layers; edge layers (bits): {', '.join(edges)}",
+            "Fine-tuning from these float weights, the same for all": "; ".join(training),
+            "Layers": f"weights and inputs of all convolutions and linear layers; bits of the {', '.join(edges)}",
             "Fidelity": "; ".join(f"{a}: {get_algorithm(a).fidelity}" for a in labels),
             "Seeds": f"{len(recipe.seeds)} ({', '.join(map(str, recipe.seeds))})"
             + ("; mean (lowest to highest)" if len(recipe.seeds) > 1 else ""),

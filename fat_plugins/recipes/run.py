@@ -125,7 +125,7 @@ def train(
     for variant in (None, *recipe.baselines):
         for stage in recipe.training.stages:
             host.check(recipe.config_for(variant, stage), data.example)
-    with run_directory(directory, overwrite, reporter.say) as target:
+    with run_directory(directory, overwrite, reporter.say) as target, _threads(recipe.threads):
         write_text(target / "recipe.yaml", dump_recipe(recipe))
         context = _Context(recipe, data, host, reporter, target)
         results: list[VariantResult] = []
@@ -137,6 +137,17 @@ def train(
         write_json(target / "report.json", report.to_dict())
         write_text(target / "results.md", report.to_markdown())
     return report
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Sums depend on how they are split: a fixed number of threads makes runs comparable."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _run_seed(context: _Context, directory: Path) -> list[VariantResult]:

@@ -173,6 +173,11 @@ class Recipe(BaseModel):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run's directory.")
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [0], min_length=1)
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads of torch; a fixed number gives the same numbers on every machine of a kind.",
+    )
     model: ModelSection
     data: DataSection
     host: str = "nncf"

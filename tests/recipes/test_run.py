@@ -99,6 +99,14 @@ def test_best_checkpoint_has_the_lowest_validation_loss(toy_host, load, recipe_t
     assert load_checkpoint(checkpoint_path(tmp_path / "run", "last")).metrics["epoch"] == 3
 
 
+def test_threads_are_set_for_the_run_and_restored(toy_host, load, recipe_text, tmp_path, monkeypatch):
+    before, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(run_module, "fit", lambda *args, **kwargs: seen.append(torch.get_num_threads()) or [])
+    train(load(recipe_text.replace("seeds: [3]", "seeds: [3]\nthreads: 3")), tmp_path / "run")
+    assert seen == [3, 3]
+    assert torch.get_num_threads() == before
+
+
 # -- bit progressions ------------------------------------------------------------------------------------------------
 STAGES = "epochs: 1\n  stages: [{weights: {bits: 5}}, {weights: {bits: 3}}]"
 
