@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 from nncf import NNCFConfig
+from nncf.api.compression import CompressionStage
 from nncf.config.schema import NNCF_CONFIG_SCHEMA, REF_VS_ALGO_SCHEMA
 from nncf.torch import create_compressed_model, initialization, register_default_init_args
 from nncf.torch.algo_selector import PT_COMPRESSION_ALGORITHMS
@@ -19,7 +20,7 @@ from nncf.torch.exporter import PTExporter
 from fat_nncf.legacy_builder import PluginBuilder
 from fat_nncf.legacy_controller import PluginController
 from fat_nncf.legacy_quantizer import PluginQuantizer
-from fat_nncf.legacy_strip import freeze
+from fat_nncf.legacy_strip import copy_without_controller, freeze
 from fat_plugins.config import CompressionConfig, is_plugin_section, json_schema
 from fat_plugins.errors import ConfigError, HostError, unknown
 from fat_plugins.registry import Algorithm, algorithms
@@ -142,13 +143,16 @@ def _quantizers_first(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(original)
     def strip(self: PTCompositeCompressionAlgorithmController, do_copy: bool = True, *args: Any, **kwargs: Any) -> Any:
-        children = self._child_ctrls
+        children, model = self._child_ctrls, self._model
         ours = [c for c in children if isinstance(c, PluginController)]
-        self._child_ctrls = ours + [c for c in children if c not in ours]
-        try:
+        if not ours:
             return original(self, do_copy, *args, **kwargs)
+        self._child_ctrls = ours + [c for c in children if c not in ours]
+        self._model = copy_without_controller(model) if do_copy else model
+        try:
+            return original(self, False, *args, **kwargs)
         finally:
-            self._child_ctrls = children
+            self._child_ctrls, self._model = children, model
 
     return strip
 
@@ -172,6 +176,8 @@ def register() -> None:
     if not getattr(NNCFConfig.validate, "checks_plugins", False):
         NNCFConfig.validate = staticmethod(_with_check(NNCFConfig.validate))
         initialization.wrap_dataloader_for_init = _with_first_batch(initialization.wrap_dataloader_for_init)
+        # the one type in NNCF's checkpoints that torch's safe loader does not know
+        torch.serialization.add_safe_globals([CompressionStage])
         composite = PTCompositeCompressionAlgorithmController
         composite.strip = _quantizers_first(composite.strip)
         PTExporter._torch_export_call = _torchscript_export(PTExporter._torch_export_call)

@@ -8,7 +8,6 @@ import torch
 from nncf.common.quantization.collectors import QuantizerDescription
 from nncf.common.schedulers import BaseCompressionScheduler
 from nncf.common.statistics import NNCFStatistics
-from nncf.common.utils.backend import copy_model
 from nncf.torch.compression_method_api import PTCompressionLoss
 from nncf.torch.nncf_network import NNCFNetwork
 from nncf.torch.quantization.algo import QuantizationController
@@ -19,7 +18,7 @@ from torch import Tensor
 from fat_nncf.legacy_calibration import calibrate_on_data, calibrate_weights, quantized_layers
 from fat_nncf.legacy_placement import is_weighted
 from fat_nncf.legacy_quantizer import PluginQuantizer
-from fat_nncf.legacy_strip import COORDINATORS, strip_in_place
+from fat_nncf.legacy_strip import COORDINATORS, copy_without_controller, strip_in_place
 from fat_plugins.errors import ExportError
 from fat_plugins.quantizer import LayerQuantizers, Progress
 from fat_plugins.registry import get_algorithm
@@ -181,6 +180,6 @@ class PluginController(QuantizationController):
                 "packed weights"
             )
         if do_copy:
-            model = copy_model(model)
+            model = copy_without_controller(model)
         strip_in_place(model)
         return model

@@ -105,7 +105,7 @@ def freeze(model: nn.Module) -> nn.Module:
     if not any(isinstance(m, PluginQuantizer) for m in model.modules()):
         raise HostError("the model holds no quantizer of fat-plugins: pass the one that create_compressed_model gave")
     model = getattr(model, "module", model) if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    frozen = _copy(model)
+    frozen = copy_without_controller(model)
     frozen.eval()
     for module, key, quantizer in list(quantized_layers(frozen)):
         if quantizer.is_enabled_quantization():
@@ -127,8 +127,9 @@ def freeze(model: nn.Module) -> nn.Module:
     return frozen
 
 
-def _copy(model: NNCFNetwork) -> NNCFNetwork:
-    """Deep copy without the controller, which drags data loaders along."""
+def copy_without_controller(model: NNCFNetwork) -> NNCFNetwork:
+    """Deep copy without the controller, which drags data loaders along, and after training with rb_sparsity holds
+    tensors that torch refuses to copy."""
     controller, model.nncf.compression_controller = model.nncf.compression_controller, None
     try:
         return copy.deepcopy(model)

@@ -41,9 +41,9 @@ def generation() -> int:
     """2 (``create_compressed_model`` is NNCF's own) or 3 (function hooks); prepares the environment for it.
 
     NNCF 2.17 to 2.19 read ``NNCF_TORCH_LEGACY_TRACING`` when ``nncf.torch`` is imported. It is set here unless the user
-    set it; an explicit 0 asks for the function hooks, which these versions have too.
+    set it; an explicit 0 asks for function hooks, which we use from NNCF 3 on only.
 
-    :raises HostError: NNCF is absent, unsupported, or was already imported in the other mode.
+    :raises HostError: NNCF is absent, unsupported, or runs in the mode that we do not use there.
     """
     found = nncf_version()
     if found >= _LEGACY_UNTIL:
@@ -54,10 +54,14 @@ def generation() -> int:
     if imported and LEGACY_VARIABLE not in os.environ:
         raise HostError(
             f"nncf.torch was imported before fat_nncf without legacy tracing: import fat_nncf first, or set "
-            f"{LEGACY_VARIABLE}=1 (=0 for the function hooks) in the environment"
+            f"{LEGACY_VARIABLE}=1 in the environment"
         )
-    if os.environ.setdefault(LEGACY_VARIABLE, "1").lower() not in _ON:
-        return 3
+    value = os.environ.setdefault(LEGACY_VARIABLE, "1")
+    if value.lower() not in _ON:
+        raise HostError(
+            f"{LEGACY_VARIABLE}={value} turns off the tracing that fat_nncf needs on NNCF 2: unset it, or use NNCF 3 "
+            "(pip install 'fat-plugins[nncf]')"
+        )
     if imported and not _operators_are_wrapped():
         raise HostError(
             f"nncf.torch was imported before {LEGACY_VARIABLE}=1 was set: import fat_nncf first, or set the variable "

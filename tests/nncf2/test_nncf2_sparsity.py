@@ -30,7 +30,11 @@ def test_zeros_stay_zero(first):
     assert all(q.spec.keep_zeros for q in quantizers(model, "weight").values())
     for module in model.modules():
         if first["algorithm"] == "rb_sparsity" and "0" in getattr(module, "pre_ops", {}):
-            module.pre_ops["0"].op.mask.data.flatten()[::2] = -5.0  # learned masks of a trained model
+            operation = module.pre_ops["0"].op
+            learned = operation.mask.data.clone()
+            learned.flatten()[::2] = -5.0
+            with torch.no_grad():
+                operation.mask = learned  # as after training; the setter renews the binary mask
     opt = optimizer(model)
     ctrl.scheduler.epoch_step()
     for _ in range(2):
