@@ -172,7 +172,7 @@ def _train(
     report = run(recipe, target, overwrite=overwrite, reporter=reporter)
     reporter.say(f"done in {perf_counter() - start:.0f} s")
     console = _console()
-    for table in report.tables():
+    for table in report.tables(console.width):
         console.print(table)
     for key, value in report.facts.items():
         console.print(f"{key}: {value}", markup=False, highlight=False, soft_wrap=True)

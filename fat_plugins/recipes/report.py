@@ -14,6 +14,9 @@ from fat_plugins.recipes.deploy import Deployment, LayerRow
 from fat_plugins.recipes.schema import Recipe, plugin_section
 from fat_plugins.registry import get_algorithm
 
+#: columns of a terminal from which on the whole table of layers fits
+WIDE = 140
+
 
 @dataclass
 class VariantResult:
@@ -144,13 +147,17 @@ class RunReport:
             parts += [f"Layers of {self.labels[self.main.algorithm]}, seed {self.main.seed}:", _markdown(header, rows)]
         return "\n\n".join(parts) + "\n"
 
-    def tables(self) -> list[Table]:
-        """The same two tables for a terminal."""
+    def tables(self, width: int = 160) -> list[Table]:
+        """The same two tables for a terminal of ``width`` columns; a narrow one gets fewer columns of the second."""
         title = f"{self.name}: accuracy on the test images"
         tables = [_rich(title, *self.summary())]
         header, rows = self.layers()
         if rows:
-            tables.append(_rich(f"Layers of {self.labels[self.main.algorithm]}, seed {self.main.seed}", header, rows))
+            if width < WIDE:
+                kept = [header.index(name) for name in ("layer", "bits", "ran as", "kernel", "differ", "ties")]
+                header, *rows = ([row[i] for i in kept] for row in (header, *rows))
+            title = f"Layers of {self.labels[self.main.algorithm]}, seed {self.main.seed}"
+            tables.append(_rich(title, header, rows, no_wrap=True))
         return tables
 
 
@@ -186,10 +193,10 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def _rich(title: str, header: list[str], rows: list[list[str]]) -> Table:
+def _rich(title: str, header: list[str], rows: list[list[str]], no_wrap: bool = False) -> Table:
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(header):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold", no_wrap=no_wrap and i > 0)
     for row in rows:
         table.add_row(*row)
     return table
