@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import fat_nncf
 from fat_plugins.errors import ConfigError
 
 
@@ -21,17 +22,10 @@ def _errors_only(record: logging.LogRecord) -> bool:
 
 
 class NNCFHost:
-    """See :class:`fat_plugins.recipes.hosts.Host`.
-
-    :raises HostError: NNCF is absent or has an unsupported version.
-    """
+    """See :class:`fat_plugins.recipes.hosts.Host`. Importing this module fails as ``import fat_nncf`` does."""
 
     def __init__(self) -> None:
-        # a recipe run has its own progress; what NNCF says while it is imported counts too
-        logging.getLogger("nncf").addFilter(_errors_only)
-        import fat_nncf
-
-        self._fat_nncf = fat_nncf
+        logging.getLogger("nncf").addFilter(_errors_only)  # a recipe run has its own progress
 
     def versions(self) -> dict[str, str]:
         """Version of NNCF."""
@@ -51,7 +45,7 @@ class NNCFHost:
         if not isinstance(given, list) or given[1:] != shape[1:]:
             raise ConfigError(f"compression: input_info.sample_size is {given}, the data gives {shape}")
         with redirect_stdout(sys.stderr):
-            return self._fat_nncf.NNCFConfig.from_dict({**config, "input_info": info})
+            return fat_nncf.NNCFConfig.from_dict({**config, "input_info": info})
 
     def compress(
         self,
@@ -63,12 +57,12 @@ class NNCFHost:
     ) -> tuple[Any, nn.Module]:
         """Place and initialise quantizers by the NNCF config."""
         nncf_config = self._config(config, example_input)
-        nncf_config = self._fat_nncf.register_default_init_args(nncf_config, loader)
+        nncf_config = fat_nncf.register_default_init_args(nncf_config, loader)
         # NNCF draws bars on standard output, where a command's results belong
         with redirect_stdout(sys.stderr), warnings.catch_warnings():
             # NNCF 2 advertises its other API here
             warnings.filterwarnings("ignore", category=FutureWarning, module="nncf")
-            return self._fat_nncf.create_compressed_model(
+            return fat_nncf.create_compressed_model(
                 model, nncf_config, compression_state=compression_state, dump_graphs=False
             )
 
@@ -78,8 +72,8 @@ class NNCFHost:
 
     def freeze(self, model: nn.Module) -> nn.Module:
         """Copy with frozen quantizers."""
-        return self._fat_nncf.freeze(model)
+        return fat_nncf.freeze(model)
 
     def export(self, model: nn.Module, path: Path, example: Tensor) -> Any:
         """Write an OpenVINO IR."""
-        return self._fat_nncf.export_openvino(model, path, example)
+        return fat_nncf.export_openvino(model, path, example)
