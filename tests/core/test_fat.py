@@ -419,5 +419,9 @@ def test_bf16_weights_are_computed_in_float32():
     quantizer = weight(w.shape)
     assert torch.equal(quantizer(w), quantizer(w.float()).bfloat16())
     assert torch.equal(quantizer.freeze(w).codes, quantizer.freeze(w.float()).codes)
+    with torch.no_grad():
+        quantizer.transform.copy_(torch.randn(8, 8) * 0.1)  # a gate that shows what precision it was computed in
+    exact = quantizer._transformed(w.float())[0]
     with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantizer._transformed(w.float())[0], exact)
         assert torch.equal(quantizer(w.float()), quantizer.freeze(w).form.decode(quantizer.freeze(w).codes))

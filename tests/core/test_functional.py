@@ -171,7 +171,7 @@ def test_level_index_counts_thresholds_strictly_below():
     assert F.level_index(x, torch.tensor(2.0), thresholds).tolist() == [0, 0, 1, 1, 2, 2, 3]
 
 
-@pytest.mark.parametrize("factor", [1.0, 2.0**60, 2.0**-60])
+@pytest.mark.parametrize("factor", [1.0, 2.0**90, 2.0**-90])
 def test_standardize_is_exact_under_powers_of_two(factor):
     w = sample((4, 3, 3))
     normalised, std = F.standardize(w)

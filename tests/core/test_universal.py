@@ -272,6 +272,13 @@ def test_calibration_by_batches_and_by_range(case):
     reference = case.make(signed=False)
     reference.calibrate_range(0.0, 1.0)
     assert not forced.signed and torch.equal(forced.form().scale, reference.form().scale)
+    forced.calibrate(torch.tensor([-100.0, 0.5, 1.5]))
+    reference.calibrate(torch.tensor([0.0, 0.5, 1.5]))
+    assert not forced.signed and torch.equal(forced.form().scale, reference.form().scale)
+    fresh, clipped = case.make(signed=False), case.make(signed=False)
+    fresh.calibrate(torch.tensor([-100.0, 0.5, 1.5]))
+    clipped.calibrate(torch.tensor([0.0, 0.5, 1.5]))
+    assert torch.equal(fresh.form().scale, clipped.form().scale)
 
 
 # -- numerics, devices, compilation ----------------------------------------------------------------------------------
