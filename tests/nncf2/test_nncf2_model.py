@@ -267,8 +267,8 @@ def test_overflow_fix_halves_the_range_of_8_bit_weights(fix, expected):
 def test_range_initializers_of_nncf(kind):
     section = fat(initializer={"range": {"num_init_samples": 4, "type": kind}})
     _, model = compress(section)
-    alpha = float(quantizers(model)["input of dw"].alpha)
-    net = build_net().eval()
+    alpha = float(quantizers(model)["input of dw"].alpha.detach())
+    net = build_net().eval().requires_grad_(False)
     top = float(torch.relu(net.bn1(net.conv1(batch()))).max())
     assert 0 < alpha <= top * 1.0001
     if kind == "min_max":
@@ -277,13 +277,13 @@ def test_range_initializers_of_nncf(kind):
 
 def test_data_calibration_and_explicit_range():
     _, by_data = compress({"algorithm": "lsq", **BITS4})
-    step = quantizers(by_data)["input of dw"].step
-    net = build_net().eval()
+    step = quantizers(by_data)["input of dw"].step.detach()
+    net = build_net().eval().requires_grad_(False)
     x = torch.relu(net.bn1(net.conv1(batch())))
     assert float(step) == pytest.approx(float(2 * x.mean() / 15**0.5), rel=1e-5)
     section = {"algorithm": "lsq", **BITS4, "initializer": {"range": {"num_init_samples": 4, "type": "min_max"}}}
     _, by_range = compress(section)
-    assert float(quantizers(by_range)["input of dw"].step) == pytest.approx(float(x.max()) / 15, rel=1e-5)
+    assert float(quantizers(by_range)["input of dw"].step.detach()) == pytest.approx(float(x.max()) / 15, rel=1e-5)
 
 
 def test_init_range_again_on_other_data():
@@ -395,6 +395,26 @@ def test_accuracy_aware_training_early_exit(monkeypatch):
     )
     assert len(trained) == 2 and ctrl.scheduler.current_epoch == 1  # 0.9 is within 0.2 of 1.0: exit
     assert torch.isfinite(evaluate(best)).all()
+
+
+def test_distributed_broadcast_keeps_the_quantizers():
+    ctrl, model = compress(fat())
+    reference = evaluate(model)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        ctrl.distributed()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(q.calibrated for q in quantizers(model).values())
+    assert torch.equal(evaluate(model), reference)
+
+
+def test_training_under_autocast():
+    ctrl, model = compress(fat())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = train_step(model.train(), ctrl, optimizer(model))
+    assert torch.isfinite(torch.tensor(loss))
+    assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
 def test_statistics_show_our_bits():
