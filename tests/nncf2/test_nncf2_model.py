@@ -289,11 +289,11 @@ def test_data_calibration_and_explicit_range():
 def test_init_range_again_on_other_data():
     no_adaptation = {"batchnorm_adaptation": {"num_bn_adaptation_samples": 0}}
     ctrl, model = compress({"algorithm": "lsq", **BITS4, "initializer": no_adaptation})
-    old = float(quantizers(model)["input of dw"].step)
+    old = float(quantizers(model)["input of dw"].step.detach())
     with torch.no_grad():
         model.bn1.weight.mul_(3), model.bn1.bias.mul_(3)
     ctrl.init_range()
-    assert float(quantizers(model)["input of dw"].step) == pytest.approx(3 * old, rel=1e-4)
+    assert float(quantizers(model)["input of dw"].step.detach()) == pytest.approx(3 * old, rel=1e-4)
 
 
 def test_batchnorm_adaptation_runs():
