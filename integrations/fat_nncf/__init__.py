@@ -29,6 +29,13 @@ def export_openvino(*args: Any, **kwargs: Any) -> Any:
     return write(*args, **kwargs)
 
 
+def verify_openvino(*args: Any, **kwargs: Any) -> Any:
+    """Compare an IR with the model, code by code; see :func:`fat_nncf.export.verify_openvino`."""
+    from fat_nncf.export import verify_openvino as check
+
+    return check(*args, **kwargs)
+
+
 __all__ = [
     "GENERATION",
     "NNCFConfig",
@@ -38,4 +45,5 @@ __all__ = [
     "param_groups",
     "quantize",
     "register_default_init_args",
+    "verify_openvino",
 ]
