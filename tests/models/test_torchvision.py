@@ -78,7 +78,8 @@ def compress(model, description, loader, state=None):
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[heavy] * (n in HEAVY)) for n in MODELS])
-def test_model_from_float_to_integer_kernels(name, tmp_path):
+def test_model_from_float_to_integer_kernels(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # NNCF 2 writes its graphs to the current folder
     size, batch, _ = MODELS[name]
     original = build(name)
     layers = {n: m for n, m in original.named_modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))}
