@@ -152,7 +152,11 @@ def level_index(x: Tensor, scale: Tensor, thresholds: Tensor) -> Tensor:
 
     NaN takes the last level.
     """
-    r = wide(x) / scale
+    return _index(wide(x) / scale, thresholds)
+
+
+def _index(r: Tensor, thresholds: Tensor) -> Tensor:
+    # torch warns about other layouts, and copies them anyway
     return torch.bucketize(r.contiguous(), thresholds.to(r.dtype))
 
 
@@ -169,7 +173,7 @@ def _levels_backward(
     clipped = torch.minimum(torch.maximum(r, levels[0].to(r.dtype)), levels[-1].to(r.dtype))
     band = (r == clipped).to(r.dtype)
     if residual:  # outside the band the nearest level is the bound
-        grad_scale = levels[torch.bucketize(r, thresholds.to(r.dtype))].to(r.dtype) - clipped * band
+        grad_scale = levels[_index(r, thresholds)].to(r.dtype) - clipped * band
     else:
         grad_scale = clipped - clipped * band
     return (g * band).to(x.dtype) if clip_x else grad, grad_scale.mul_(g)

@@ -178,3 +178,19 @@ def test_standardize_is_exact_under_powers_of_two(factor):
     again, again_std = F.standardize(w * factor)
     assert torch.equal(again, normalised) and torch.equal(again_std, std * factor)
     assert torch.allclose(std, w.std()) and torch.allclose(normalised, (w - w.mean()) / w.std(), atol=1e-6)
+
+
+def test_levels_of_channels_last_tensors():
+    """Convolutions often give this layout; the same values and gradients come out, and torch has nothing to warn of."""
+    levels = torch.tensor([0, 1, 2, 4])
+    thresholds = (levels[1:] + levels[:-1]) / 2
+    x = torch.rand(2, 3, 4, 5) * 5
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        leaf = x.clone(memory_format=layout).requires_grad_()
+        scale = torch.tensor(0.9, requires_grad=True)
+        out = F.level_quantize(leaf, scale, levels, thresholds)
+        (out * torch.arange(out.numel()).reshape(out.shape)).sum().backward()
+        results.append((out, leaf.grad, scale.grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)

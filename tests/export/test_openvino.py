@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -407,7 +408,7 @@ def test_a_failed_write_leaves_the_old_files(tmp_path, monkeypatch):
     before = {f: (tmp_path / f).read_bytes() for f in os.listdir(tmp_path)}
 
     def full(*args, **kwargs):
-        open(args[1], "w").write("half")
+        Path(args[1]).write_text("half")
         raise RuntimeError("No space left on device")
 
     monkeypatch.setattr(openvino, "save_model", full)

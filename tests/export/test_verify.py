@@ -1,5 +1,6 @@
 """Verification: an honest IR passes, a tampered one is caught and the first wrong layer is named."""
 
+import io
 import json
 import warnings
 
@@ -71,7 +72,7 @@ def test_an_honest_export_is_equal(exported):
 
 def test_table(exported):
     model, path = exported
-    console = Console(width=140, record=True, file=open("/dev/null", "w"))
+    console = Console(width=140, record=True, file=io.StringIO())
     console.print(verify(model, path, torch.randn(1, 3, 16, 16)).to_table())
     text = console.export_text()
     assert "1 samples: equal" in text
