@@ -1,7 +1,7 @@
 """fat-plugins for NNCF: ``import fat_nncf`` makes every algorithm of the registry known to the installed NNCF.
 
-The names below are the same on both generations of NNCF. On NNCF 2 the first three are NNCF's own objects, so scripts
-that import them from ``nncf`` and ``nncf.torch`` stay as they are.
+The names below are the same on both generations of NNCF. On NNCF 2 the first three are NNCF's own (with one
+clearer error), so scripts that import them from ``nncf`` and ``nncf.torch`` stay as they are.
 
 :raises HostError: NNCF is absent, its version is unsupported, or it was imported before in a way that excludes us.
 """

@@ -6,13 +6,15 @@ import inspect
 import warnings
 from collections.abc import Callable
 from functools import wraps
+from traceback import walk_tb
 from typing import Any, NoReturn
 
 import torch
 from nncf import NNCFConfig
 from nncf.api.compression import CompressionStage
 from nncf.config.schema import NNCF_CONFIG_SCHEMA, REF_VS_ALGO_SCHEMA
-from nncf.torch import create_compressed_model, initialization, register_default_init_args
+from nncf.torch import create_compressed_model as nncf_create_compressed_model
+from nncf.torch import initialization, register_default_init_args
 from nncf.torch.algo_selector import PT_COMPRESSION_ALGORITHMS
 from nncf.torch.composite_compression import PTCompositeCompressionAlgorithmController
 from nncf.torch.exporter import PTExporter
@@ -22,7 +24,7 @@ from fat_nncf.legacy_controller import PluginController
 from fat_nncf.legacy_quantizer import PluginQuantizer
 from fat_nncf.legacy_strip import copy_without_controller, freeze
 from fat_plugins.config import CompressionConfig, is_plugin_section, json_schema
-from fat_plugins.errors import ConfigError, HostError, unknown
+from fat_plugins.errors import ConfigError, FatPluginsError, HostError, unknown
 from fat_plugins.registry import Algorithm, algorithms
 
 NNCF_QUANTIZATION = "quantization"
@@ -37,6 +39,29 @@ def quantize(*_args: Any, **_kwargs: Any) -> NoReturn:
         "fat_nncf.quantize needs NNCF 3 (pip install 'fat-plugins[nncf]'); on NNCF 2 use create_compressed_model with "
         "a JSON config"
     )
+
+
+@wraps(nncf_create_compressed_model)
+def create_compressed_model(model: torch.nn.Module, config: NNCFConfig, *args: Any, **kwargs: Any) -> Any:
+    """NNCF's own function, with one line for a model that it cannot trace.
+
+    :raises HostError: the model's forward fails on the input that NNCF traces with.
+    """
+    modules = set(model.modules())
+    try:
+        return nncf_create_compressed_model(model, config, *args, **kwargs)
+    except FatPluginsError:
+        raise
+    except Exception as error:
+        if not _raised_in_forward(error, modules):
+            raise
+        text = (str(error).splitlines() or [""])[0]
+        raise HostError(f"NNCF cannot trace {type(model).__name__}: {type(error).__name__}: {text}") from error
+
+
+def _raised_in_forward(error: Exception, modules: set[torch.nn.Module]) -> bool:
+    frames = (frame for frame, _ in walk_tb(error.__traceback__))
+    return any(f.f_code.co_name == "forward" and f.f_locals.get("self") in modules for f in frames)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import sys
 import fat_nncf
 import jsonschema
 import pytest
+import torch
 from fat_nncf import versions
 from legacy_models import BITS4, bits, build_net, compress, fat, make_config
 from nncf import NNCFConfig
@@ -25,7 +26,7 @@ def validate(compression, **top):
 def test_public_names_are_nncfs_own():
     assert fat_nncf.GENERATION == 2
     assert fat_nncf.NNCFConfig is NNCFConfig
-    assert fat_nncf.create_compressed_model is create_compressed_model
+    assert fat_nncf.create_compressed_model.__wrapped__ is create_compressed_model
     assert fat_nncf.register_default_init_args is register_default_init_args
 
 
@@ -174,3 +175,19 @@ def test_nncf_torch_imported_first():
 def test_bits_of_the_whole_section_default_to_four():
     _, model = compress({"algorithm": "fat"})
     assert bits(model, "weight")["pw"] == BITS4["weights"]["bits"]
+
+
+def test_a_model_that_cannot_be_traced():
+    class Stubborn(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            raise ValueError("not today\nnor tomorrow")
+
+    config = NNCFConfig.from_dict({"input_info": {"sample_size": [1, 3, 8, 8]}, "compression": {"algorithm": "fat"}})
+    with pytest.raises(HostError, match=r"^NNCF cannot trace Stubborn: ValueError: not today$"):
+        fat_nncf.create_compressed_model(Stubborn(), config)
+    with pytest.raises(TypeError):  # what has nothing to do with the model is passed on
+        fat_nncf.create_compressed_model(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)), config, nonsense=1)
