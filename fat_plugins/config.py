@@ -21,6 +21,8 @@ from fat_plugins.registry import Algorithm, algorithms, get_algorithm
 PLAIN_ALGORITHM = "minmax"
 DEFAULT_BITS = 4
 PLAIN_BITS = 8
+#: for calls that may leave the algorithm out
+DEFAULT_ALGORITHM = "fat"
 INITIALIZERS = ("range", "batchnorm_adaptation", "precision")
 
 
@@ -233,6 +235,7 @@ def is_plugin_section(section: dict[str, Any]) -> bool:
 
 
 __all__ = [
+    "DEFAULT_ALGORITHM",
     "DEFAULT_BITS",
     "PLAIN_ALGORITHM",
     "PLAIN_BITS",

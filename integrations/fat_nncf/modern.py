@@ -49,7 +49,7 @@ from fat_nncf.modern_placement import (
 from fat_nncf.modern_scopes import as_list
 from fat_nncf.modern_sparsity import Sparsity
 from fat_nncf.modern_state import check_state, rebuild
-from fat_plugins.config import CompressionConfig
+from fat_plugins.config import DEFAULT_ALGORITHM, CompressionConfig
 from fat_plugins.errors import ConfigError, HostError
 from fat_plugins.quantizer import param_groups
 from fat_plugins.registry import get_algorithm
@@ -250,7 +250,7 @@ def _add_coordinators(traced: Traced) -> None:
 def quantize(
     model: nn.Module,
     calibration_dataset: nncf.Dataset,
-    algorithm: str = "fat",
+    algorithm: str = DEFAULT_ALGORITHM,
     weights: Mapping[str, Any] | None = None,
     activations: Mapping[str, Any] | None = None,
     params: Mapping[str, Any] | None = None,
