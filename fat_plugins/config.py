@@ -10,7 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    ValidationError,
+    field_validator,
+)
 
 from fat_plugins.errors import ConfigError, unknown
 from fat_plugins.explain import Expected, explain
@@ -65,10 +74,20 @@ class ScopeOverrides(Section):
 EdgeLayer = Annotated[StrictInt, Expected("a bit width")] | Literal["float", "same"]
 
 
+def _known_algorithm(name: str) -> str:
+    if name not in algorithms():
+        raise ValueError(unknown("algorithm", name, algorithms()))
+    return name
+
+
+#: a string that names a registered algorithm
+AlgorithmName = Annotated[str, AfterValidator(_known_algorithm)]
+
+
 class CompressionConfig(Section):
     """One algorithm's section of ``compression``."""
 
-    algorithm: str = Field(description="Name of the algorithm.")
+    algorithm: AlgorithmName = Field(description="Name of the algorithm.")
     weights: TensorSection = Field(default_factory=TensorSection)
     activations: TensorSection = Field(default_factory=TensorSection)
     params: dict[str, Any] = Field(default_factory=dict, description="Options of the algorithm.")
@@ -93,13 +112,6 @@ class CompressionConfig(Section):
         None, description="NNCF's 7-bit weights for old processors; 8-bit layers only."
     )
     export_to_onnx_standard_ops: StrictBool | None = Field(None, description="NNCF's QuantizeLinear export; 8-bit.")
-
-    @field_validator("algorithm")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        if value not in algorithms():
-            raise ValueError(unknown("algorithm", value, algorithms()))
-        return value
 
     @field_validator("initializer")
     @classmethod
@@ -239,6 +251,7 @@ __all__ = [
     "DEFAULT_BITS",
     "PLAIN_ALGORITHM",
     "PLAIN_BITS",
+    "AlgorithmName",
     "CompressionConfig",
     "OverrideSection",
     "Role",

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import nn
 
-from fat_plugins.config import CompressionConfig, Section, is_plugin_section, split_sections
+from fat_plugins.config import AlgorithmName, CompressionConfig, Section, is_plugin_section, split_sections
 from fat_plugins.errors import ConfigError, unknown
 from fat_plugins.explain import explain
 from fat_plugins.recipes.data import DATASETS, Data
@@ -151,15 +151,8 @@ class ExportSection(Section):
 class BaselineSection(Section):
     """Another algorithm with the same bits, epochs and float weights."""
 
-    algorithm: str
+    algorithm: AlgorithmName
     params: dict[str, Any] = Field(default_factory=dict)
-
-    @field_validator("algorithm")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        if value not in algorithms():
-            raise ValueError(unknown("algorithm", value, algorithms()))
-        return value
 
 
 def _baseline(value: Any) -> Any:

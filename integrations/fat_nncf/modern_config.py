@@ -14,18 +14,19 @@ from typing import Any
 import torch
 
 from fat_nncf.modern_sparsity import SPARSITY_SECTIONS, SparsitySection, parse_sparsity
-from fat_plugins.config import CompressionConfig, is_plugin_section, split_sections
+from fat_plugins.config import PLAIN_ALGORITHM, CompressionConfig, is_plugin_section, split_sections
 from fat_plugins.errors import ConfigError, unknown
 from fat_plugins.registry import algorithms
 
+_NO_QUANTIZATION = f"NNCF 3 has no JSON quantization of its own; use '{PLAIN_ALGORITHM}' here, or nncf.quantize"
 #: what NNCF 2's JSON knows and NNCF 3 cannot do, with the reason that the user reads
 _NO_COUNTERPART = {
     "filter_pruning": "NNCF 3 has no filter pruning; use NNCF 2, or 'magnitude_sparsity'",
     "movement_sparsity": "NNCF 3 has no movement sparsity; use NNCF 2, or 'magnitude_sparsity'",
     "knowledge_distillation": "NNCF 3 has no knowledge distillation; add the teacher's loss in the training loop",
-    "quantization": "NNCF 3 has no JSON quantization of its own; use 'minmax' here, or nncf.quantize",
+    "quantization": _NO_QUANTIZATION,
     "binarization": "NNCF 3 has no binarization",
-    "experimental_quantization": "NNCF 3 has no JSON quantization of its own; use 'minmax' here, or nncf.quantize",
+    "experimental_quantization": _NO_QUANTIZATION,
     "NoCompressionAlgorithm": "there is nothing to compress",
 }
 _ROOT_KEYS = ("input_info", "compression", "target_device", "compression_lr_multiplier", "disable_shape_matching",
