@@ -217,6 +217,8 @@ class WeightQuantizer(Quantizer):
     role = "weight"
     #: set to True to receive :meth:`observe_input` during calibration or a stage
     needs_input: ClassVar[bool] = False
+    #: ``quantize`` works element by element, so also on a part of the input channels (GPTQ hands out columns)
+    accepts_slices: ClassVar[bool] = False
 
     def __init__(self, spec: TensorSpec, params: Params) -> None:
         where = spec.name or "weight"
@@ -259,6 +261,14 @@ class WeightQuantizer(Quantizer):
     def freeze_codes(self, weight: Tensor) -> FrozenTensor:
         """Codes and form of the evaluation forward of ``weight`` (without the zeros rule)."""
         raise NotImplementedError
+
+    def grid_scale(self, weight: Tensor) -> Tensor:
+        """Scale of the deployed form of ``weight``, 1-d and without gradient, for hosts that pass it along in training.
+
+        Override it where it costs less than the codes do.
+        """
+        with torch.no_grad():
+            return self.freeze_codes(weight.detach()).form.scale
 
     @torch.no_grad()
     def freeze(self, weight: Tensor) -> FrozenTensor:

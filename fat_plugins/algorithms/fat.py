@@ -125,6 +125,15 @@ class FATWeight(WeightQuantizer):
         transformed, scale = self._transformed(weight)
         return self.grid.fake_quantize(transformed, scale, clip_x_grad=False, residual=True).to(weight.dtype)
 
+    def grid_scale(self, weight: Tensor) -> Tensor:
+        """Without the transform; the deviation of the weight joins where it is restored."""
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            w = weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
+            scale = positive(self.alpha.to(w.dtype)) * self.grid.unit
+            return (
+                scale * standardize(w, scale=self.params.transform != "uniquant")[1] if self.restore else scale
+            ).reshape(1)
+
     def freeze_codes(self, weight: Tensor) -> FrozenTensor:
         """Codes on the trained grid; mean, deviation, transform and DFT are gone (section 8)."""
         transformed, scale = self._transformed(weight)

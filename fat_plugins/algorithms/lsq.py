@@ -23,6 +23,8 @@ _CEILING = 1e36  # the mean of huge values may overflow, the largest code times 
 class LSQWeight(WeightQuantizer):
     """Weights on ``-2^(b-1) .. 2^(b-1) - 1`` with a learned step, one or one per output channel."""
 
+    accepts_slices = True
+
     def __init__(self, spec: TensorSpec, params: Params) -> None:
         super().__init__(spec, params)
         self.low, self.high = -(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1
@@ -43,6 +45,9 @@ class LSQWeight(WeightQuantizer):
         g = 1.0 / sqrt(max(weight.numel() // self.step.numel(), 1) * self.high)
         scale = grad_scale(self._scale(weight.ndim), g)
         return fake_quantize(weight, scale, self.low, self.high, inclusive=False)
+
+    def grid_scale(self, weight: Tensor) -> Tensor:
+        return positive(wide(self.step), _FLOOR).detach()
 
     def freeze_codes(self, weight: Tensor) -> FrozenTensor:
         scale = positive(wide(self.step), _FLOOR).detach()

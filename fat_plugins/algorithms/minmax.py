@@ -42,6 +42,9 @@ class MinMaxWeight(WeightQuantizer):
         scale = per_channel_view(self._scale(weight), weight.ndim, self.spec.channel_axis)
         return fake_quantize(weight, scale, -n, n, clip_x_grad=False)
 
+    def grid_scale(self, weight: Tensor) -> Tensor:
+        return self._scale(weight)
+
     def freeze_codes(self, weight: Tensor) -> FrozenTensor:
         n, axis = 2 ** (self.spec.bits - 1) - 1, self.spec.channel_axis
         scale = self._scale(weight)

@@ -1,0 +1,71 @@
+"""Everything that differs between the supported versions of Brevitas, and the check that one is installed."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from fat_plugins.errors import HostError
+
+_LOWEST, _BELOW = (0, 10), (0, 14)
+_INSTALL = "pip install 'fat-plugins[brevitas]'"
+
+
+def brevitas_version() -> tuple[int, ...]:
+    """Version of the installed Brevitas as ``(major, minor, patch)``, found without importing it.
+
+    :raises HostError: Brevitas is absent or outside the supported range.
+    """
+    try:
+        text = version("brevitas")
+    except PackageNotFoundError:
+        raise HostError(f"fat_brevitas needs Brevitas: {_INSTALL}") from None
+    found = tuple(int(n) for n in re.findall(r"\d+", text)[:3])
+    if not _LOWEST <= found < _BELOW:
+        raise HostError(f"brevitas {text} is not supported, allowed: 0.10 to 0.13.x; {_INSTALL}")
+    return found
+
+
+VERSION = brevitas_version()
+
+if not hasattr(torch.Tensor, "rename"):
+    # named tensors left torch in 2.13; Brevitas up to 0.13.0 calls this on every input, only to drop the names
+    torch.Tensor.rename = lambda self, *names, **renames: self
+
+try:
+    import brevitas.config
+    from brevitas.inject import ExtendedInjector, value
+    from brevitas.inject.enum import QuantType
+    from brevitas.proxy.parameter_quant import WeightQuantProxyFromInjector
+    from brevitas.proxy.runtime_quant import ActQuantProxyFromInjector
+    from brevitas.quant_tensor import QuantTensor
+except ImportError as error:
+    raise HostError(f"brevitas {'.'.join(map(str, VERSION))} cannot be imported: {error}") from error
+
+#: from 0.11 on a disabled quantizer gives a plain tensor; before, an empty QuantTensor
+PLAIN_WHEN_DISABLED = VERSION >= (0, 11)
+
+__all__ = [
+    "PLAIN_WHEN_DISABLED",
+    "VERSION",
+    "ActQuantProxyFromInjector",
+    "ExtendedInjector",
+    "QuantTensor",
+    "QuantType",
+    "WeightQuantProxyFromInjector",
+    "ignore_missing_keys",
+    "reinit_on_load",
+    "value",
+]
+
+
+def ignore_missing_keys() -> bool:
+    """Whether the user lets float checkpoints into quantized models (``BREVITAS_IGNORE_MISSING_KEYS``)."""
+    return bool(brevitas.config.IGNORE_MISSING_KEYS)
+
+
+def reinit_on_load() -> bool:
+    """Whether Brevitas rebuilds quantizers when a state dict is loaded."""
+    return bool(brevitas.config.REINIT_ON_STATE_DICT_LOAD)
