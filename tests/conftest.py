@@ -1,7 +1,8 @@
 """Which tests belong to this environment, and how all of them run.
 
-``FAT_PLUGINS_TEST_HOST`` (``none``, ``nncf2``, ``nncf3``) says which host must be installed: a missing one is an error
-then, not a pile of skipped tests. Without the variable, whatever is installed is tested.
+``FAT_PLUGINS_TEST_HOST`` (``none``, ``nncf2``, ``nncf3``, ``brevitas``, or several with commas) says which hosts must be
+installed: a missing one is an error then, not a pile of skipped tests. Without the variable, whatever is installed is
+tested.
 """
 
 from __future__ import annotations
@@ -16,25 +17,29 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 
 
-def installed_host() -> str:
-    """``none``, ``nncf2`` or ``nncf3``, by what is installed; nothing is imported."""
-    try:
-        return f"nncf{version('nncf').split('.')[0]}"
-    except PackageNotFoundError:
-        return "none"
+def installed_hosts() -> tuple[str, ...]:
+    """``nncf2`` or ``nncf3`` and ``brevitas``, by what is installed; nothing is imported."""
+    found = []
+    for package in ("nncf", "brevitas"):
+        try:
+            text = version(package)
+        except PackageNotFoundError:
+            continue
+        found.append(f"nncf{text.split('.')[0]}" if package == "nncf" else package)
+    return tuple(found)
 
 
-HOST = installed_host()
+HOSTS = installed_hosts()
 
 #: folders of tests that need a host or a package
-NEEDS_HOST = {"nncf2": ("nncf2",), "nncf3": ("nncf3",), "models": ("nncf2", "nncf3")}
+NEEDS_HOST = {"nncf2": ("nncf2",), "nncf3": ("nncf3",), "models": ("nncf2", "nncf3"), "brevitas": ("brevitas",)}
 NEEDS_PACKAGE = {"models": "torchvision", "export": "openvino"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
     wanted = os.environ.get("FAT_PLUGINS_TEST_HOST")
-    if wanted and wanted != HOST:
-        raise pytest.UsageError(f"FAT_PLUGINS_TEST_HOST={wanted}, but the installed host is {HOST}")
+    if wanted and set(wanted.split(",")) != set(HOSTS or ("none",)):
+        raise pytest.UsageError(f"FAT_PLUGINS_TEST_HOST={wanted}, but installed is {', '.join(HOSTS) or 'none'}")
     # the numbers of a test must not depend on how many cores the machine has
     import torch
 
@@ -44,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_ignore_collect(collection_path, config):
     parts = collection_path.relative_to(config.rootpath).parts if config.rootpath in collection_path.parents else ()
     for part in parts:
-        if part in NEEDS_HOST and HOST not in NEEDS_HOST[part]:
+        if part in NEEDS_HOST and not set(HOSTS) & set(NEEDS_HOST[part]):
             return True
         if part in NEEDS_PACKAGE and find_spec(NEEDS_PACKAGE[part]) is None:
             return True
@@ -52,7 +57,7 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"host: {HOST}"
+    return f"hosts: {', '.join(HOSTS) or 'none'}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
