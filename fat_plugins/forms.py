@@ -6,7 +6,9 @@ An exporter reads these classes and never sees an algorithm. Every form is a fro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +16,9 @@ from torch import Tensor
 
 from fat_plugins.errors import ConfigError, QuantizationError
 from fat_plugins.functional import level_index, per_channel_view, uniform_codes
+
+#: how many sums :meth:`SumOfGrids.encode` looks through for the nearest one
+_MOST_SUMS = 2**16
 
 
 def _scale_view(form: UniformGrid | Codebook | Staircase, ndim: int) -> Tensor:
@@ -174,9 +179,143 @@ def _threshold_distance(x: Tensor, scale: Tensor, thresholds: Tensor) -> Tensor:
     return torch.minimum((r - t[above]).abs(), (r - t[below]).abs())
 
 
-Form = UniformGrid | Codebook | Staircase
+@dataclass(frozen=True, eq=False)
+class SumOfGrids:
+    """``value = sum of the parts' values``; each part is a grid with a scale of its own. For weights only.
 
-_KINDS: dict[str, type] = {"uniform": UniformGrid, "codebook": Codebook, "staircase": Staircase}
+    A code packs the codes of all parts, the first part in the lowest bits, each counted from the lowest code of its
+    part (so the fields are never negative).
+
+    :param parts: two or more grids, added in this order; per-channel scales run along one axis.
+    :param allowed: the packed codes that may occur (ascending 1-d int64), ``None`` for all of them.
+    """
+
+    parts: tuple[UniformGrid | Codebook, ...]
+    allowed: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", tuple(self.parts))
+        if len(self.parts) < 2 or not all(isinstance(p, (UniformGrid, Codebook)) for p in self.parts):
+            raise ConfigError("a sum of grids needs two or more parts, each a UniformGrid or a Codebook")
+        vectors = [p for p in self.parts if p.scale.numel() > 1]
+        if len({(p.scale.numel(), p.channel_axis) for p in vectors}) > 1:
+            raise ConfigError("the parts of a sum of grids need the same channels along the same axis")
+        if self.bits > 31:
+            raise ConfigError(f"a sum of grids of {self.bits} bits does not fit a code; allowed: 31 bits")
+        allowed = self.allowed
+        if allowed is not None:
+            if allowed.dtype != torch.int64 or allowed.ndim != 1 or not allowed.numel():
+                raise ConfigError("the allowed codes of a sum of grids must be a 1-d int64 tensor, not empty")
+            fields = [(allowed >> shift) & (2**part.bits - 1) for part, shift in self._fields()]
+            inside = all(bool((f < _count(p)).all()) for f, p in zip(fields, self.parts, strict=True))
+            if not bool((allowed.diff() > 0).all()) or int(allowed[0]) < 0 or allowed[-1] >> self.bits or not inside:
+                raise ConfigError("the allowed codes of a sum of grids must ascend and pack codes of its parts")
+
+    @property
+    def bits(self) -> int:
+        """Width of a packed code: the bits of all parts."""
+        return sum(p.bits for p in self.parts)
+
+    @property
+    def channel_axis(self) -> int:
+        """The axis that per-channel scales run along."""
+        return max(self.parts, key=lambda p: p.scale.numel()).channel_axis
+
+    def _fields(self) -> list[tuple[UniformGrid | Codebook, int]]:
+        """Every part and the bit where its field begins."""
+        return [(part, sum(p.bits for p in self.parts[:i])) for i, part in enumerate(self.parts)]
+
+    def pack(self, codes: Sequence[Tensor]) -> Tensor:
+        """Packed codes (int32) from the codes of every part (integers, same shapes).
+
+        :raises QuantizationError: a code that its part does not have.
+        """
+        out = torch.zeros_like(codes[0], dtype=torch.int64)
+        for (part, shift), code in zip(self._fields(), codes, strict=True):
+            field = code.long() - lowest_code(part)
+            if bool((field < 0).any()) or bool((field >= _count(part)).any()):
+                found = f"{int(code.min())} .. {int(code.max())}"
+                low = lowest_code(part)
+                raise QuantizationError(f"codes {found} of a part; allowed: {low} .. {low + _count(part) - 1}")
+            out |= field << shift
+        return out.to(torch.int32)
+
+    def split(self, codes: Tensor) -> list[Tensor]:
+        """Codes of every part (int32, same shape as ``codes``); the inverse of :meth:`pack`."""
+        fields = [(codes.long() >> shift) & (2**part.bits - 1) for part, shift in self._fields()]
+        return [(f + lowest_code(p)).to(torch.int32) for f, p in zip(fields, self.parts, strict=True)]
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Real values of ``codes``, same shape, dtype of the scales."""
+        first, *rest = (part.decode(code) for part, code in zip(self.parts, self.split(codes), strict=True))
+        for value in rest:
+            first = first + value
+        return first
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes (int32) of the nearest sums, same shape; a tie goes to the lower sum, equal sums to the lowest code.
+
+        :raises QuantizationError: ``x`` holds NaN, or there are more than 65536 sums to look through.
+        """
+        _refuse_nan(x)
+        channels, axis = max(p.scale.numel() for p in self.parts), self.channel_axis
+        codes = self._every_code(x.device)
+        table = codes.reshape(1, -1).expand(channels, -1)
+        by_row = replace(self, parts=[replace(p, channel_axis=0) for p in self.parts], allowed=None)
+        values, order = by_row.decode(table).double().sort(dim=1, stable=True)
+        moved = x.movedim(axis, 0) if channels > 1 else x
+        rows = moved.reshape(channels, -1).double().contiguous()
+        above = torch.searchsorted(values, rows).clamp(max=codes.numel() - 1)
+        below = (above - 1).clamp(min=0)
+        low, high = values.gather(1, below), values.gather(1, above)
+        chosen = torch.where(rows - low <= high - rows, low, high)
+        first = order.gather(1, torch.searchsorted(values, chosen.contiguous()))
+        out = codes[first].reshape(moved.shape)
+        return (out.movedim(0, axis) if channels > 1 else out).to(torch.int32)
+
+    def _every_code(self, device: torch.device) -> Tensor:
+        """Ascending packed codes of all sums."""
+        count = math.prod(_count(p) for p in self.parts) if self.allowed is None else self.allowed.numel()
+        if count > _MOST_SUMS:
+            raise QuantizationError(f"{count} sums are too many to find the nearest one; allowed: {_MOST_SUMS}")
+        if self.allowed is not None:
+            return self.allowed.to(device)
+        out = torch.zeros(1, dtype=torch.int64, device=device)
+        for part, shift in self._fields():
+            out = (out + (torch.arange(_count(part), device=device) << shift).reshape(-1, 1)).reshape(-1)
+        return out
+
+
+def lowest_code(part: UniformGrid | Codebook | Staircase) -> int:
+    """Lowest code of a form; 0 where codes are indices."""
+    return part.low if isinstance(part, UniformGrid) else 0
+
+
+def _count(part: UniformGrid | Codebook) -> int:
+    return part.high - part.low + 1 if isinstance(part, UniformGrid) else part.levels.numel()
+
+
+Form = UniformGrid | Codebook | Staircase | SumOfGrids
+
+_KINDS: dict[str, type] = {
+    "uniform": UniformGrid,
+    "codebook": Codebook,
+    "staircase": Staircase,
+    "sum": SumOfGrids,
+}
+
+
+def grids(form: Form, codes: Tensor) -> list[tuple[UniformGrid | Codebook | Staircase, Tensor]]:
+    """The grids whose values add up to the tensor, each with its own codes: one, or the parts of a sum."""
+    return list(zip(form.parts, form.split(codes), strict=True)) if isinstance(form, SumOfGrids) else [(form, codes)]
+
+
+def form_on_cpu(form: Form) -> Form:
+    """The form with every tensor detached and on the CPU."""
+    fields: dict[str, Any] = {k: v.detach().cpu() for k, v in vars(form).items() if isinstance(v, Tensor)}
+    if isinstance(form, SumOfGrids):
+        fields["parts"] = [form_on_cpu(p) for p in form.parts]
+    return replace(form, **fields)
 
 
 def form_kind(form: Form) -> str:
@@ -189,6 +328,8 @@ def form_to_dict(form: Form) -> dict[str, Any]:
     out: dict[str, Any] = {"kind": form_kind(form)}
     for name, value in vars(form).items():
         out[name] = value.detach().cpu().tolist() if isinstance(value, Tensor) else value
+    if isinstance(form, SumOfGrids):
+        out["parts"] = [form_to_dict(p) for p in form.parts]
     return out
 
 
@@ -201,10 +342,13 @@ def form_from_dict(data: dict[str, Any]) -> Form:
     kind = data.pop("kind", None)
     if kind not in _KINDS:
         raise ConfigError(f"unknown deployed form {kind!r}; allowed: {', '.join(_KINDS)}")
-    dtypes = {"scale": torch.float32, "levels": torch.int64, "thresholds": torch.float64}
+    dtypes = {"scale": torch.float32, "levels": torch.int64, "thresholds": torch.float64, "allowed": torch.int64}
     try:
-        return _KINDS[kind](**{k: torch.tensor(v, dtype=dtypes[k]) if k in dtypes else v for k, v in data.items()})
-    except (TypeError, ValueError, RuntimeError) as error:
+        if "parts" in data:
+            data["parts"] = [form_from_dict(p) for p in data["parts"]]
+        tensors = {k: torch.tensor(v, dtype=dtypes[k]) for k, v in data.items() if k in dtypes and v is not None}
+        return _KINDS[kind](**{**data, **tensors})
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"deployed form {kind!r}: {error}") from None

@@ -1,20 +1,20 @@
 """Frozen quantizers: what a host adapter puts in the place of its quantizers before a model is exported.
 
-Each calls one custom operator, ``fat_plugins::decode_weight`` or ``fat_plugins::quantize_activation``, so an exporter
-recognises them in any traced graph by the operator alone, without looking at modules or wrappers of a host. The
-operators run eagerly, under ``torch.jit.trace`` and under ``torch.export``.
+Each calls one custom operator: ``fat_plugins::decode_weight``, ``fat_plugins::decode_sum`` (a weight that is a sum of
+grids) or ``fat_plugins::quantize_activation``. So an exporter recognises them in any traced graph by the operator
+alone, without looking at modules or wrappers of a host. The operators run eagerly, under ``torch.jit.trace`` and under
+``torch.export``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from fat_plugins.errors import ExportError
-from fat_plugins.forms import Form, UniformGrid
+from fat_plugins.forms import Form, SumOfGrids, UniformGrid, form_on_cpu, lowest_code
 from fat_plugins.functional import level_index, per_channel_view, uniform_codes
 
 #: in the operators' arguments an empty tensor of levels means a uniform grid
@@ -44,6 +44,31 @@ def _(codes, scale, levels, bits, low, axis, name):
     return torch.empty_like(codes, dtype=scale.dtype)
 
 
+@torch.library.custom_op("fat_plugins::decode_sum", mutates_args=())
+def decode_sum(codes: Tensor, scale: Tensor, levels: Tensor, layout: list[int], axis: int, name: str) -> Tensor:
+    """Weight (dtype of ``scale``) of packed codes: the sum of its parts.
+
+    :param codes: packed integer codes, shape of the weight.
+    :param scale, levels: those of all parts, one after the other (1-d).
+    :param layout: four numbers per part: bits, lowest code, elements of its scale, elements of its levels.
+    :param name: name of the layer.
+    """
+    total, shift, at, level = None, 0, 0, 0
+    packed = codes.long()
+    for i in range(0, len(layout), 4):
+        bits, low, channels, count = layout[i : i + 4]
+        part = ((packed >> shift) & (2**bits - 1)) + low
+        value = _decode(part, scale[at : at + channels], levels[level : level + count], axis)
+        total = value if total is None else total + value
+        shift, at, level = shift + bits, at + channels, level + count
+    return total
+
+
+@decode_sum.register_fake
+def _(codes, scale, levels, layout, axis, name):
+    return torch.empty_like(codes, dtype=scale.dtype)
+
+
 @torch.library.custom_op("fat_plugins::quantize_activation", mutates_args=())
 def quantize_activation(
     x: Tensor, scale: Tensor, levels: Tensor, thresholds: Tensor, low: int, high: int, axis: int, name: str
@@ -68,11 +93,6 @@ def _(x, scale, levels, thresholds, low, high, axis, name):
     return torch.empty_like(x)
 
 
-def _on_cpu(form: Form) -> Form:
-    """The form for whoever reads it; what the forward needs follows the model's device as buffers."""
-    return replace(form, **{k: v.detach().cpu() for k, v in vars(form).items() if isinstance(v, Tensor)})
-
-
 def _levels(form: Form) -> Tensor:
     return torch.zeros(0, dtype=torch.int64) if isinstance(form, UniformGrid) else form.levels.detach().clone()
 
@@ -87,17 +107,23 @@ class FrozenWeight(nn.Module):
 
     def __init__(self, codes: Tensor, form: Form, name: str = "") -> None:
         super().__init__()
-        self.form, self.name = _on_cpu(form), name
+        self.form, self.name = form_on_cpu(form), name
+        parts = form.parts if isinstance(form, SumOfGrids) else (form,)
         self.register_buffer("codes", codes.detach().to(torch.int32))
-        self.register_buffer("scale", form.scale.detach().clone())
-        self.register_buffer("levels", _levels(form))
+        self.register_buffer("scale", torch.cat([p.scale.detach() for p in parts]))
+        self.register_buffer("levels", torch.cat([_levels(p) for p in parts]).to(self.scale.device))
 
     def forward(self, weight: Tensor) -> Tensor:
-        form = self.form
-        low = form.low if isinstance(form, UniformGrid) else 0
-        decoded = torch.ops.fat_plugins.decode_weight(
-            self.codes, self.scale, self.levels, form.bits, low, form.channel_axis, self.name
-        )
+        form, tensors = self.form, (self.codes, self.scale, self.levels)
+        if isinstance(form, SumOfGrids):
+            layout = []
+            for part in form.parts:
+                layout += [part.bits, lowest_code(part), part.scale.numel(), _levels(part).numel()]
+            decoded = torch.ops.fat_plugins.decode_sum(*tensors, layout, form.channel_axis, self.name)
+        else:
+            decoded = torch.ops.fat_plugins.decode_weight(
+                *tensors, form.bits, lowest_code(form), form.channel_axis, self.name
+            )
         return decoded if decoded.dtype == weight.dtype else decoded.to(weight.dtype)
 
 
@@ -111,7 +137,9 @@ class FrozenActivation(nn.Module):
 
     def __init__(self, form: Form | None, name: str = "") -> None:
         super().__init__()
-        self.form, self.name = form and _on_cpu(form), name
+        if isinstance(form, SumOfGrids):
+            raise ExportError(f"{name}: a sum of grids cannot hold activations; use a uniform grid or a staircase")
+        self.form, self.name = form and form_on_cpu(form), name
         if form is not None:
             uniform = isinstance(form, UniformGrid)
             thresholds = torch.zeros(0, dtype=torch.float64) if uniform else form.thresholds.detach().double().clone()
@@ -146,4 +174,4 @@ def frozen_modules(model: nn.Module) -> Iterator[FrozenWeight | FrozenActivation
     yield from found
 
 
-__all__ = ["FrozenActivation", "FrozenWeight", "decode_weight", "frozen_modules", "quantize_activation"]
+__all__ = ["FrozenActivation", "FrozenWeight", "decode_sum", "decode_weight", "frozen_modules", "quantize_activation"]

@@ -11,8 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from fat_plugins import ConfigError, QuantizationError
-from fat_plugins.forms import Codebook, Staircase, UniformGrid, form_from_dict, form_kind, form_to_dict
+from fat_plugins import ConfigError, ExportError, QuantizationError
+from fat_plugins.forms import (
+    Codebook,
+    Staircase,
+    SumOfGrids,
+    UniformGrid,
+    form_from_dict,
+    form_kind,
+    form_to_dict,
+    grids,
+    lowest_code,
+)
+from fat_plugins.frozen import FrozenActivation, FrozenWeight
 from fat_plugins.functional import fake_quantize, level_quantize
 
 quick = settings(derandomize=True, max_examples=40, deadline=None)
@@ -232,3 +243,118 @@ def test_nan_and_infinity_in_encode(form):
 def test_forms_cannot_be_changed():
     with pytest.raises(AttributeError):
         UniformGrid(4, True, True, torch.ones(1)).bits = 3
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# sums of grids
+# --------------------------------------------------------------------------------------------------------------------
+@st.composite
+def sums(draw):
+    """Two or three grids, codebooks among them, with one scale each or one per channel along either axis."""
+    channels, axis = draw(st.sampled_from([1, 3])), draw(st.integers(0, 1))
+    parts = []
+    for _ in range(draw(st.integers(2, 3))):
+        count = draw(st.sampled_from([1, channels]))
+        scale = torch.tensor(draw(st.lists(scales, min_size=count, max_size=count)))
+        if draw(st.booleans()):
+            parts.append(UniformGrid(draw(st.integers(2, 3)), draw(st.booleans()), False, scale, axis))
+        else:
+            levels = draw(st.sampled_from([[-1, 1], [-1, 0, 1], [-4, -2, -1, 0, 1, 2, 4]]))
+            parts.append(Codebook((len(levels) - 1).bit_length(), torch.tensor(levels), scale, axis))
+    return SumOfGrids(parts)
+
+
+def random_codes(form, shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for p in form.parts:
+        count = p.high - p.low + 1 if isinstance(p, UniformGrid) else len(p.levels)
+        parts.append(torch.randint(0, count, shape, generator=generator) + lowest_code(p))
+    return parts
+
+
+@quick
+@given(sums(), st.integers(0, 5))
+def test_sum_codes_are_exact(form, seed):
+    parts = random_codes(form, (3, 3), seed)
+    codes = form.pack(parts)
+    assert codes.dtype == torch.int32 and 0 <= int(codes.min()) and int(codes.max()) < 2**form.bits
+    assert all(torch.equal(a, b.int()) for a, b in zip(form.split(codes), parts, strict=True))
+    value = form.decode(codes)
+    reference = sum(p.decode(c).double() for p, c in zip(form.parts, parts, strict=True))
+    torch.testing.assert_close(value.double(), reference, rtol=1e-6, atol=1e-5 * float(reference.abs().max()))
+    # sums may coincide, their values may not change
+    again = form.encode(value)
+    assert torch.equal(form.decode(again), value)
+    assert bool((again <= codes).all())
+    assert torch.equal(form.encode(form.decode(again)), again)
+    frozen = FrozenWeight(codes, form, "layer")
+    assert torch.equal(frozen(torch.zeros(3, 3)), value)
+    assert [c.tolist() for _, c in grids(form, codes)] == [c.tolist() for c in form.split(codes)]
+
+
+@quick
+@given(sums())
+def test_sum_encodes_to_the_nearest(form):
+    x = torch.randn(3, 3, generator=torch.Generator().manual_seed(1)) * float(form.parts[0].scale.max()) * 2
+    found = (form.decode(form.encode(x)).double() - x.double()).abs()
+    for seed in range(20):
+        other = form.decode(form.pack(random_codes(form, (3, 3), seed))).double()
+        assert bool((found <= (other - x.double()).abs()).all())
+
+
+@quick
+@given(sums())
+def test_sum_survives_files(form):
+    back = form_from_dict(json.loads(json.dumps(form_to_dict(form))))
+    assert form_kind(back) == "sum" and back.bits == form.bits
+    codes = form.pack(random_codes(form, (3, 3)))
+    assert torch.equal(back.decode(codes), form.decode(codes))
+
+
+def sign_and_magnitude():
+    """SQuantizer's weights: t * T + d * J with J of the sign of T."""
+    sign = Codebook(2, torch.tensor([-1, 0, 1]), torch.tensor([0.5]))
+    rest = UniformGrid(3, True, True, torch.tensor([0.125]))
+    legal = [(t, t * j) for t in (-1, 0, 1) for j in range(4) if t or not j]
+    codes = SumOfGrids([sign, rest]).pack(
+        [torch.tensor([t + 1 for t, _ in legal]), torch.tensor([j for _, j in legal])]
+    )
+    return SumOfGrids([sign, rest], codes.long().sort().values), sorted(0.5 * t + 0.125 * j for t, j in legal)
+
+
+def test_sum_of_allowed_codes():
+    form, levels = sign_and_magnitude()
+    x = torch.linspace(-1.2, 1.2, 97)
+    nearest = torch.tensor([min(levels, key=lambda v: abs(v - float(value))) for value in x])
+    got = form.decode(form.encode(x))
+    tie = torch.tensor([sorted(abs(v - float(value)) for v in levels)[1] for value in x]) == (got - x).abs()
+    assert torch.equal(got[~tie], nearest[~tie])
+    assert set(form.encode(x).tolist()) <= set(form.allowed.tolist())
+    # 0.25 lies halfway between 0 and 0.5 and 0.125 is not among the values
+    assert form.decode(form.encode(torch.tensor([0.25, 0.251, 0.125]))).tolist() == [0, 0.5, 0]
+    back = form_from_dict(form_to_dict(form))
+    assert torch.equal(back.allowed, form.allowed)
+    assert form.decode(form.encode(torch.tensor([torch.inf, -torch.inf]))).tolist() == [0.875, -0.875]
+
+
+def test_sum_errors():
+    grid, one = UniformGrid(2, True, False, torch.ones(3)), Codebook(1, torch.tensor([-1, 1]), torch.ones(1))
+    with pytest.raises(ConfigError, match="two or more parts"):
+        SumOfGrids([grid])
+    with pytest.raises(ConfigError, match="same channels"):
+        SumOfGrids([grid, UniformGrid(2, True, False, torch.ones(4))])
+    with pytest.raises(ConfigError, match="same channels"):
+        SumOfGrids([grid, UniformGrid(2, True, False, torch.ones(3), 1)])
+    with pytest.raises(ConfigError, match=r"32 bits.*31"):
+        SumOfGrids([UniformGrid(16, True, False, torch.ones(1))] * 2)
+    with pytest.raises(ConfigError, match="ascend"):
+        SumOfGrids([grid, one], torch.tensor([0, 2**grid.bits * 2]))
+    with pytest.raises(QuantizationError, match=r"-3 \.\. 0 of a part; allowed: -2 \.\. 1"):
+        SumOfGrids([grid, one]).pack([torch.tensor([-3, 0]), torch.tensor([0, 1])])
+    with pytest.raises(QuantizationError, match="65536"):
+        SumOfGrids([UniformGrid(9, True, False, torch.ones(1))] * 2).encode(torch.zeros(1))
+    with pytest.raises(QuantizationError, match="NaN"):
+        SumOfGrids([one, one]).encode(torch.tensor([torch.nan]))
+    with pytest.raises(ExportError, match="fc: a sum of grids cannot hold activations"):
+        FrozenActivation(SumOfGrids([one, one]), "fc")
