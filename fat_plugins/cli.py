@@ -23,7 +23,8 @@ OK, FAILED, BAD_INPUT = 0, 1, 2
 
 app = typer.Typer(
     name="fat-plugins",
-    help="Low-bit quantization-aware training: train recipes, export to OpenVINO, prove that codes are equal.",
+    help="Low-bit quantization-aware training: train recipes, export to OpenVINO, QONNX and ONNX, "
+    "prove that codes are equal.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -79,6 +80,9 @@ Overwrite = Annotated[
 ]
 Which = Annotated[
     str | None, typer.Option("--checkpoint", help="'last' or 'best'; default: the one that the recipe names.")
+]
+Format = Annotated[
+    str | None, typer.Option("--format", "-f", help="openvino, qonnx or onnx; default: what the recipe names.")
 ]
 Run = Annotated[
     Path, typer.Argument(metavar="RUN", help="Directory of a run, e.g. runs/demo or runs/demo/baselines/lsq.")
@@ -179,9 +183,10 @@ def _train(
     console.print(f"Run directory: {target}", markup=False, highlight=False, soft_wrap=True)
     if not report.verified:
         for result in report.results:
-            if result.deployment is not None and result.deployment.verified is False:
-                first = result.deployment.first_difference
-                typer.echo(f"failed: {result.algorithm}, seed {result.seed}: codes differ first in {first}", err=True)
+            for deployment in result.deployments:
+                if deployment.verified is False:
+                    what = f"{result.algorithm}, seed {result.seed}, {deployment.path}"
+                    typer.echo(f"failed: {what}: codes differ first in {deployment.first_difference}", err=True)
         raise typer.Exit(FAILED)
 
 
@@ -189,55 +194,84 @@ def _train(
 @_one_line_errors
 def export(
     run: Run,
+    format: Format = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File ending in .xml; default: RUN/export/model.xml.")
+        Path | None,
+        typer.Option("--output", "-o", help="One file, its suffix may name the format; default: below RUN/export."),
     ] = None,
     checkpoint: Which = None,
 ) -> None:
-    """Write the OpenVINO model of a run again, from its checkpoint."""
-    from fat_plugins.recipes import load_run, model_path
-    from fat_plugins.recipes.deploy import require_openvino
+    """Write the deployed model of a run again, from its checkpoint."""
+    from fat_plugins.recipes import model_path
 
-    require_openvino()
-    loaded = load_run(run, _which(checkpoint))
-    path = output or model_path(run)
-    if output is None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    report = loaded.host.export(loaded.model, path, loaded.data.example)
-    ratio = report.float_bytes / report.weights_bytes
-    typer.echo(f"{path}: weights {report.weights_bytes:,} B, {ratio:.2f} times smaller than float32")
-    for note in report.notes:
-        typer.echo(f"note: {note}", err=True)
+    loaded, targets = _load(run, checkpoint, format, output)
+    frozen = loaded.host.freeze(loaded.model)
+    for target in targets:
+        path = output or model_path(run, target)
+        if output is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        report = target.export(frozen, path, loaded.data.example)
+        if target.packed:
+            ratio = report.float_bytes / report.weights_bytes
+            typer.echo(f"{path}: weights {report.weights_bytes:,} B, {ratio:.2f} times smaller than float32")
+        else:
+            typer.echo(f"{path}: {target.size(path):,} B, for {target.runtime}")
+        for note in report.notes:
+            typer.echo(f"note: {note}", err=True)
 
 
 @app.command()
 @_one_line_errors
 def verify(
     run: Run,
+    format: Format = None,
     model: Annotated[
-        Path | None, typer.Option("--model", help="File ending in .xml; default: RUN/export/model.xml.")
+        Path | None,
+        typer.Option("--model", help="One file, its suffix may name the format; default: all below RUN/export."),
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Test images to use; default: the recipe's.")] = None,
     checkpoint: Which = None,
-    as_json: Json = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON: one report, or of several files one per name.")
+    ] = False,
 ) -> None:
     """Compare integer codes between torch and the exported model, layer by layer. Exit code 1 if any differ."""
-    from fat_plugins.recipes import load_run, model_path
-    from fat_plugins.recipes.deploy import require_openvino, verify_model
+    from fat_plugins.recipes import model_path
 
-    require_openvino()
-    loaded = load_run(run, _which(checkpoint))
+    loaded, targets = _load(run, checkpoint, format, model)
     settings = loaded.recipe.export
     count = samples or (settings.verify_samples if settings is not None else 64)
-    images = loaded.data.test.tensors[0][:count]
-    report = verify_model(loaded.host, loaded.model, model or model_path(run), images)
+    frozen, images = loaded.host.freeze(loaded.model), loaded.data.test.tensors[0][:count]
+    reports = {}
+    for target in targets:
+        path = model or model_path(run, target)
+        reports[path.name] = target.verify(frozen, path, images)
     if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=2))
+        data = {name: report.to_dict() for name, report in reports.items()}
+        typer.echo(json.dumps(data if len(data) > 1 else next(iter(data.values())), indent=2))
     else:
-        _console().print(report.to_table())
-    if not report.ok:
-        typer.echo(f"failed: codes differ first in {report.first_difference}", err=True)
+        for report in reports.values():
+            _console().print(report.to_table())
+    failed = {name: report for name, report in reports.items() if not report.ok}
+    for name, report in failed.items():
+        where = f"{name}: " if len(reports) > 1 else ""
+        typer.echo(f"failed: {where}codes differ first in {report.first_difference}", err=True)
+    if failed:
         raise typer.Exit(FAILED)
+
+
+def _load(run: Path, checkpoint: str | None, format: str | None, path: Path | None) -> tuple[Any, list[Any]]:
+    """The trained model of a run and the targets that a command means, all of them installed."""
+    from fat_plugins.recipes import load_run, run_recipe
+    from fat_plugins.recipes.schema import ExportSection
+    from fat_plugins.recipes.targets import choose
+
+    which = _which(checkpoint)
+    settings = run_recipe(run, which).export or ExportSection()
+    targets = choose(settings.format, format, path)
+    for target in targets:  # before the model is rebuilt, which takes its time
+        target.require()
+    return load_run(run, which), targets
 
 
 def _which(checkpoint: str | None) -> str | None:

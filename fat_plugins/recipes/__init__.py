@@ -4,7 +4,7 @@ from fat_plugins.recipes.checkpoint import Checkpoint, load_checkpoint, save_che
 from fat_plugins.recipes.loader import dump_recipe, find_recipe, load_recipe, shipped
 from fat_plugins.recipes.progress import Reporter
 from fat_plugins.recipes.report import RunReport
-from fat_plugins.recipes.run import LoadedRun, checkpoint_path, load_run, model_path, train
+from fat_plugins.recipes.run import LoadedRun, checkpoint_path, load_run, model_path, run_recipe, train
 from fat_plugins.recipes.schema import Recipe
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "load_recipe",
     "load_run",
     "model_path",
+    "run_recipe",
     "save_checkpoint",
     "shipped",
     "train",

@@ -1,9 +1,9 @@
-"""From a trained model to the deployed file and what can be said about it: size, kernels, equality, accuracy."""
+"""From a frozen model to a deployed file and what can be said about it: size, kernels, equality, accuracy."""
 
 from __future__ import annotations
 
-import importlib.util
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from fat_plugins.errors import ExportError
 from fat_plugins.recipes.hosts import Host
+from fat_plugins.recipes.targets import Runner, Target
 
 
 @dataclass
@@ -22,9 +23,11 @@ class LayerRow:
     """One quantized tensor of the deployed model.
 
     :param kind: ``"weight"`` or ``"activation"``.
-    :param kernel, speed: what ran the layer and whether in ``"int8"`` or ``"float"`` (weights only).
+    :param storage, bytes: how the file holds the weight.
+    :param kernel, speed: what ran the layer and whether in ``"int8"`` or ``"float"`` (weights only, where it is known).
     :param compared, differences, ties: integer codes compared between torch and the file, how many differ, and how many
         differ only because the value lies on a rounding threshold (``None``: not verified).
+    :param elements: number of codes (weights).
     """
 
     name: str
@@ -38,15 +41,20 @@ class LayerRow:
     compared: int | None = None
     differences: int | None = None
     ties: int | None = None
+    elements: int = 0
 
 
 @dataclass
 class Deployment:
-    """The deployed model of one trained one.
+    """One deployed file of one trained model.
 
-    :param path: of the ``.xml``, within the run directory once it stands in a report.
-    :param weights_bytes, float_bytes: size of the ``.bin``, and what it would be with every weight in float32.
+    :param path: of the file, within the run directory once it stands in a report.
+    :param accuracy: 0 to 1, on the test images, of the file in its runtime.
+    :param weights_bytes, float_bytes: size of the weights in the file, and what it would be with every weight in
+        float32, as the exporter says.
     :param verified: ``None`` when nothing was compared.
+    :param format: name of the target.
+    :param file_bytes: size of the whole file (with the weights beside it).
     """
 
     path: str
@@ -57,77 +65,73 @@ class Deployment:
     verified: bool | None = None
     first_difference: str | None = None
     notes: list[str] = field(default_factory=list)
+    format: str = "openvino"
+    file_bytes: int = 0
 
     @property
-    def ratio(self) -> float:
-        """How many times smaller the file is than float32 weights."""
-        return self.float_bytes / self.weights_bytes
+    def code_bytes(self) -> int:
+        """Size of the codes of all quantized weights at their bit widths, whatever the file stores. Without scales."""
+        return -(-sum(r.bits * r.elements for r in self.layers if r.kind == "weight") // 8)
+
+    @property
+    def float_code_bytes(self) -> int:
+        """Size of the same weights in float32."""
+        return 4 * sum(r.elements for r in self.layers if r.kind == "weight")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dictionary."""
-        return asdict(self)
+        return {**asdict(self), "code_bytes": self.code_bytes}
 
 
-def require_openvino() -> None:
-    """:raises ExportError: OpenVINO is not installed, said before any time is spent on training."""
-    if importlib.util.find_spec("openvino") is None:
-        raise ExportError("OpenVINO is not installed: pip install 'fat-plugins[openvino]'")
-
-
-def versions(host: Host) -> dict[str, str]:
+def versions(host: Host, targets: Iterable[Target] = ()) -> dict[str, str]:
     """Versions of everything that took part in a run."""
     import fat_plugins
 
     found = {"fat-plugins": fat_plugins.__version__, "python": platform.python_version(), "torch": torch.__version__}
     found.update(host.versions())
-    if importlib.util.find_spec("openvino") is not None:
-        import openvino
-
-        found["openvino"] = openvino.__version__.split("-")[0]
+    for target in targets:
+        found.update(target.versions())
     return found
 
 
-def openvino_accuracy(path: Path, loader: DataLoader) -> float:
-    """Accuracy (0 to 1) of an exported model on OpenVINO's CPU device, floats at full precision."""
-    import openvino
-
-    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+def accuracy(run: Runner, loader: DataLoader) -> float:
+    """Accuracy (0 to 1) of a deployed model."""
     correct = count = 0
     for images, labels in loader:
-        logits = next(iter(compiled([images.numpy()]).values()))
+        logits = run(images.numpy())
+        if logits.shape[:1] != labels.shape:
+            raise ExportError(f"the deployed model gives {logits.shape} for a batch of {len(labels)} images")
         correct += int((np.argmax(logits, 1) == labels.numpy()).sum())
         count += len(labels)
     return correct / count
 
 
-def verify_model(host: Host, model: nn.Module, path: Path, samples: Tensor) -> Any:
-    """Compare the integer codes of ``model`` with those of the file at ``path``; returns the verifier's report."""
-    from fat_plugins.export.verify import verify
-
-    return verify(host.freeze(model), path, samples)
-
-
 def deploy(
-    host: Host, model: nn.Module, path: Path, example: Tensor, test: DataLoader, samples: Tensor | None
+    target: Target, frozen: nn.Module, path: Path, example: Tensor, test: DataLoader, samples: Tensor | None
 ) -> Deployment:
-    """Export ``model`` to ``path`` and measure the result.
+    """Export a frozen model to ``path`` and measure the result.
 
     :param samples: images for the comparison of codes, or ``None`` to leave it out.
     """
-    from fat_plugins.export.openvino import kernels
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    report = host.export(model, path, example)
-    rows = [LayerRow(r.name, r.kind, r.form, r.bits, r.storage, r.bytes) for r in report.layers]
+    report = target.export(frozen, path, example)
+    rows = [LayerRow(r.name, r.kind, r.form, r.bits, r.storage, r.bytes, elements=r.elements) for r in report.layers]
     by_name = {r.name: r for r in rows if r.kind == "weight"}
-    for kernel in kernels(path):
+    for kernel in target.kernels(path):
         if kernel.name in by_name:
             by_name[kernel.name].kernel, by_name[kernel.name].speed = kernel.kernel, kernel.speed
     deployment = Deployment(
-        str(path), openvino_accuracy(path, test), report.weights_bytes, report.float_bytes, rows, notes=report.notes
+        str(path),
+        accuracy(target.runner(path), test),
+        report.weights_bytes,
+        report.float_bytes,
+        rows,
+        notes=report.notes,
+        format=target.name,
+        file_bytes=target.size(path),
     )
     if samples is not None:
-        _add_comparison(deployment, verify_model(host, model, path, samples))
+        _add_comparison(deployment, target.verify(frozen, path, samples))
     return deployment
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -51,10 +50,6 @@ class Host(Protocol):
 
     def freeze(self, model: nn.Module) -> nn.Module:
         """Copy in evaluation mode in which frozen quantizers stand in the place of the trained ones."""
-        ...
-
-    def export(self, model: nn.Module, path: Path, example: Tensor) -> Any:
-        """Write the deployed model of a trained one and return the exporter's report."""
         ...
 
 

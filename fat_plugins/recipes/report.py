@@ -12,22 +12,29 @@ from torch import nn
 
 from fat_plugins.recipes.deploy import Deployment, LayerRow
 from fat_plugins.recipes.schema import Recipe, plugin_section
+from fat_plugins.recipes.targets import TARGETS, Target
 from fat_plugins.registry import get_algorithm
 
 #: columns of a terminal from which on the whole table of layers fits
 WIDE = 140
+#: columns of the table of layers that only some runtimes can fill
+_KERNEL_COLUMNS = ("ran as", "kernel")
 
 
 @dataclass
 class VariantResult:
-    """One algorithm, trained with one seed. Accuracies 0 to 1, on the test images."""
+    """One algorithm, trained with one seed, and the files made of it. Accuracies 0 to 1, on the test images."""
 
     algorithm: str
     seed: int
     baseline: bool
     accuracy: float
     float_accuracy: float = 0.0
-    deployment: Deployment | None = None
+    deployments: list[Deployment] = field(default_factory=list)
+
+    def deployed_to(self, target: Target) -> Deployment | None:
+        """The file of one target."""
+        return next((d for d in self.deployments if d.format == target.name), None)
 
 
 def _percent(values: list[float]) -> str:
@@ -87,45 +94,89 @@ class RunReport:
             "Fidelity": "; ".join(f"{a}: {get_algorithm(a).fidelity}" for a in labels),
             "Seeds": f"{len(recipe.seeds)} ({', '.join(map(str, recipe.seeds))})"
             + ("; mean (lowest to highest)" if len(recipe.seeds) > 1 else ""),
-            "Versions": ", ".join(f"{k} {v}" for k, v in versions.items()),
         }
-        return cls(recipe.name, facts, labels, results, versions)
+        report = cls(recipe.name, facts, labels, results, versions)
+        sizes = report.sizes()
+        if sizes:
+            facts["Sizes"] = sizes
+        facts["Versions"] = ", ".join(f"{k} {v}" for k, v in versions.items())
+        return report
 
     @property
     def verified(self) -> bool:
         """Nothing that was compared differs."""
-        return all(r.deployment is None or r.deployment.verified is not False for r in self.results)
+        return all(d.verified is not False for r in self.results for d in r.deployments)
 
     @property
     def main(self) -> VariantResult:
         """The recipe's own algorithm with the first seed."""
         return next(r for r in self.results if not r.baseline)
 
+    @property
+    def targets(self) -> list[Target]:
+        """What the models were deployed to."""
+        return [TARGETS[d.format] for d in self.main.deployments]
+
+    @property
+    def _sized(self) -> Target | None:
+        """The target whose file shows in the table of sizes: one that stores codes at their width, if there is one."""
+        return next((t for t in self.targets if t.packed), None)
+
+    def sizes(self) -> str:
+        """What has to be said about files that do not store codes at their width; empty where all do."""
+        files = []
+        for deployment in self.main.deployments:
+            stored = sorted({r.storage for r in deployment.layers if r.kind == "weight" and r.storage})
+            how = f" (weights stored as {', '.join(stored)})" if stored else ""
+            files.append(f"{deployment.path} {deployment.file_bytes:,} B{how}")
+        if all(t.packed for t in self.targets):
+            return ""
+        codes = "" if self._sized else "weight codes: quantized weights at their bit widths, without scales; "
+        return f"{codes}files: {', '.join(files)}"
+
     def summary(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of the table of accuracies and sizes."""
-        header = ["", "accuracy, torch", "accuracy, OpenVINO", "weights file", "smaller by", "codes differing (ties)"]
+        targets, sized = self.targets, self._sized
+        header = ["", "accuracy, torch", *(f"accuracy, {t.runtime}" for t in targets)]
+        if targets:
+            header += ["weights file" if sized else "weight codes", "smaller by"]
+            header += [f"codes differing (ties){f', {t.runtime}' if len(targets) > 1 else ''}" for t in targets]
         groups: dict[str, list[VariantResult]] = defaultdict(list)
         for result in self.results:
             groups[result.algorithm].append(result)
         own = groups[self.main.algorithm]
-        size = f"{own[0].deployment.float_bytes:,} B" if own[0].deployment else "-"
-        rows = [["float32", _percent([r.float_accuracy for r in own]), "-", size, "1.00", "-"]]
+        rows = [["float32", _percent([r.float_accuracy for r in own])]]
+        if targets:
+            rows[0] += ["-"] * len(targets) + [f"{_size(self.main, sized)[1]:,} B", "1.00"] + ["-"] * len(targets)
         for algorithm, results in groups.items():
             row = [self.labels[algorithm], _percent([r.accuracy for r in results])]
-            done = [r.deployment for r in results if r.deployment is not None]
-            if not done:
-                rows.append([*row, "-", "-", "-", "-"])
+            done = [[d for r in results if (d := r.deployed_to(t)) is not None] for t in targets]
+            if not all(done):
+                rows.append(row + ["-"] * (len(header) - len(row)))
                 continue
-            row.append(_percent([d.accuracy for d in done]))
-            row += [f"{done[0].weights_bytes:,} B", f"{done[0].ratio:.2f}", _differing(done)]
-            rows.append(row)
+            row += [_percent([d.accuracy for d in each]) for each in done]
+            if targets:
+                size, float_size = _size(results[0], sized)
+                row += [f"{size:,} B", f"{float_size / max(size, 1):.2f}"]
+            rows.append(row + [_differing(each) for each in done])
         return header, rows
 
-    def layers(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of the table of layers, of the recipe's own algorithm with the first seed."""
+    def layers(self, deployment: Deployment) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of the table of one file's layers."""
         header = ["layer", "tensor", "bits", "form", "stored", "ran as", "kernel", "codes", "differ", "ties"]
-        deployment = self.main.deployment
-        return header, [_layer_row(r) for r in deployment.layers] if deployment else []
+        rows = [_layer_row(r) for r in deployment.layers]
+        if not any(r.kernel for r in deployment.layers):
+            return _pick(header, rows, [name for name in header if name not in _KERNEL_COLUMNS])
+        return header, rows
+
+    def _layer_tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
+        """Title, header and rows for every file of the recipe's own algorithm with the first seed."""
+        tables, several = [], len(self.main.deployments) > 1
+        for deployment in self.main.deployments:
+            title = f"Layers of {self.labels[self.main.algorithm]}, seed {self.main.seed}"
+            title += f", {TARGETS[deployment.format].runtime}" if several else ""
+            tables.append((title, *self.layers(deployment)))
+        return [table for table in tables if table[2]]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dictionary; reads as ``report.json``."""
@@ -134,31 +185,39 @@ class RunReport:
             "verified": self.verified,
             "facts": self.facts,
             "versions": self.versions,
-            "results": [
-                {**asdict(r), "deployment": r.deployment.to_dict() if r.deployment else None} for r in self.results
-            ],
+            "results": [{**asdict(r), "deployments": [d.to_dict() for d in r.deployments]} for r in self.results],
         }
 
     def to_markdown(self) -> str:
         """Tables and facts as markdown."""
         parts = [_markdown(*self.summary()), "\n".join(f"* {k}: {v}" for k, v in self.facts.items())]
-        header, rows = self.layers()
-        if rows:
-            parts += [f"Layers of {self.labels[self.main.algorithm]}, seed {self.main.seed}:", _markdown(header, rows)]
+        for title, header, rows in self._layer_tables():
+            parts += [f"{title}:", _markdown(header, rows)]
         return "\n\n".join(parts) + "\n"
 
     def tables(self, width: int = 160) -> list[Table]:
-        """The same two tables for a terminal of ``width`` columns; a narrow one gets fewer columns of the second."""
-        title = f"{self.name}: accuracy on the test images"
-        tables = [_rich(title, *self.summary())]
-        header, rows = self.layers()
-        if rows:
+        """The same tables for a terminal of ``width`` columns; a narrow one gets fewer columns of layers."""
+        tables = [_rich(f"{self.name}: accuracy on the test images", *self.summary())]
+        for title, header, rows in self._layer_tables():
             if width < WIDE:
-                kept = [header.index(name) for name in ("layer", "bits", "ran as", "kernel", "differ", "ties")]
-                header, *rows = ([row[i] for i in kept] for row in (header, *rows))
-            title = f"Layers of {self.labels[self.main.algorithm]}, seed {self.main.seed}"
+                kept = ("layer", "bits", *_KERNEL_COLUMNS, "differ", "ties")
+                header, rows = _pick(header, rows, [name for name in kept if name in header])
             tables.append(_rich(title, header, rows, no_wrap=True))
         return tables
+
+
+def _size(result: VariantResult, sized: Target | None) -> tuple[int, int]:
+    """Bytes of a result's weights, and of the same in float32: in the file of ``sized``, or counted by codes."""
+    if sized is None:
+        return result.deployments[0].code_bytes, result.deployments[0].float_code_bytes
+    deployment = result.deployed_to(sized)
+    return deployment.weights_bytes, deployment.float_bytes
+
+
+def _pick(header: list[str], rows: list[list[str]], names: list[str]) -> tuple[list[str], list[list[str]]]:
+    """Some columns of a table."""
+    kept = [header.index(name) for name in names]
+    return names, [[row[i] for i in kept] for row in rows]
 
 
 def _differing(done: list[Deployment]) -> str:

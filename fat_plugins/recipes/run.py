@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from fat_plugins.errors import CheckpointError, ConfigError
+from fat_plugins.explain import explain
 from fat_plugins.quantizer import named_quantizers
 from fat_plugins.recipes.checkpoint import (
     Checkpoint,
@@ -32,12 +34,13 @@ from fat_plugins.recipes.checkpoint import (
     write_text,
 )
 from fat_plugins.recipes.data import Data
-from fat_plugins.recipes.deploy import Deployment, deploy, require_openvino, versions
+from fat_plugins.recipes.deploy import Deployment, deploy, versions
 from fat_plugins.recipes.hosts import Host, get_host
 from fat_plugins.recipes.loader import dump_recipe
 from fat_plugins.recipes.progress import Reporter
 from fat_plugins.recipes.report import RunReport, VariantResult
 from fat_plugins.recipes.schema import BaselineSection, Recipe
+from fat_plugins.recipes.targets import Target
 from fat_plugins.recipes.trainer import EpochRecord, evaluate, fit
 
 FLOAT, LAST, BEST = "float", "last", "best"
@@ -48,9 +51,9 @@ def checkpoint_path(directory: Path, which: str) -> Path:
     return directory / "checkpoint" / f"{which}.safetensors"
 
 
-def model_path(directory: Path) -> Path:
+def model_path(directory: Path, target: Target) -> Path:
     """The exported model of a run."""
-    return directory / "export" / "model.xml"
+    return directory / "export" / target.file
 
 
 @contextmanager
@@ -119,8 +122,9 @@ def train(
     reporter = reporter or Reporter(quiet=True)
     recipe.check()
     host = get_host(recipe.host)
-    if recipe.export is not None:
-        require_openvino()
+    targets = recipe.export.targets if recipe.export is not None else []
+    for wanted in targets:
+        wanted.require()
     data = recipe.data.build()
     for variant in (None, *recipe.baselines):
         for stage in recipe.training.stages:
@@ -133,7 +137,7 @@ def train(
             context.seed = seed
             results += _run_seed(context, target if i == 0 else target / "seeds" / str(seed))
         model = recipe.model.build(data)
-        report = RunReport.collect(recipe, data.description, model, versions(host), results)
+        report = RunReport.collect(recipe, data.description, model, versions(host, targets), results)
         write_json(target / "report.json", report.to_dict())
         write_text(target / "results.md", report.to_markdown())
     return report
@@ -227,8 +231,7 @@ def _run_variant(
     accuracy = evaluate(model, data.test_loader())[1]
     result = VariantResult(name, context.seed, baseline is not None, accuracy)
     if recipe.export is not None:
-        context.reporter.say(f"{context.title(name)}: export" + (" and verify" if recipe.export.verify else ""))
-        result.deployment = _deploy(context, model, directory)
+        result.deployments = _deploy(context, name, model, directory)
     metrics = {"algorithm": name, "checkpoint": which, "test_accuracy": accuracy, "stages": stages}
     return result, metrics
 
@@ -283,12 +286,17 @@ class _Keeper:
         save_checkpoint(checkpoint_path(self.directory, which), checkpoint)
 
 
-def _deploy(context: _Context, model: nn.Module, directory: Path) -> Deployment:
-    export, data, path = context.recipe.export, context.data, model_path(directory)
+def _deploy(context: _Context, name: str, model: nn.Module, directory: Path) -> list[Deployment]:
+    export, data, done = context.recipe.export, context.data, []
     samples = data.test.tensors[0][: export.verify_samples] if export.verify else None
-    deployment = deploy(context.host, model, path, data.example, data.test_loader(), samples)
-    deployment.path = path.relative_to(context.root).as_posix()  # the directory may still be moved
-    return deployment
+    frozen = context.host.freeze(model)
+    for target in export.targets:
+        path = model_path(directory, target)
+        context.reporter.say(f"{context.title(name)}: {target.file}" + (", comparing codes" if export.verify else ""))
+        deployment = deploy(target, frozen, path, data.example, data.test_loader(), samples)
+        deployment.path = path.relative_to(context.root).as_posix()  # the directory may still be moved
+        done.append(deployment)
+    return done
 
 
 @dataclass
@@ -302,6 +310,23 @@ class LoadedRun:
     checkpoint: Checkpoint
 
 
+def _stored(directory: Path, which: str) -> tuple[Checkpoint, Recipe]:
+    """A checkpoint of a run and the recipe in it."""
+    if not directory.is_dir():
+        raise CheckpointError(f"no run directory {directory}")
+    path = checkpoint_path(directory, which)
+    checkpoint = load_checkpoint(path)
+    try:
+        return checkpoint, Recipe.model_validate(checkpoint.recipe)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: its recipe is not one of this version: {explain(error, Recipe)}") from None
+
+
+def run_recipe(directory: Path, which: str | None = None) -> Recipe:
+    """The recipe of a run; nothing is built. Parameters and errors are those of :func:`load_run`."""
+    return _stored(directory, which or LAST)[1]
+
+
 def load_run(directory: Path, which: str | None = None) -> LoadedRun:
     """Rebuild the trained model of a run.
 
@@ -309,14 +334,10 @@ def load_run(directory: Path, which: str | None = None) -> LoadedRun:
     :param which: ``"last"`` or ``"best"``; default: the one that the recipe exports.
     :raises CheckpointError: no run there, or its checkpoint is damaged or belongs to another model.
     """
-    if not directory.is_dir():
-        raise CheckpointError(f"no run directory {directory}")
     if which is None:
-        recipe = Recipe.model_validate(load_checkpoint(checkpoint_path(directory, LAST)).recipe)
-        which = recipe.export.checkpoint if recipe.export is not None else LAST
-    path = checkpoint_path(directory, which)
-    checkpoint = load_checkpoint(path)
-    recipe = Recipe.model_validate(checkpoint.recipe)
+        export = run_recipe(directory).export
+        which = export.checkpoint if export is not None else LAST
+    checkpoint, recipe = _stored(directory, which)
     recipe.check()
     data, host = recipe.data.build(), get_host(recipe.host)
     torch.manual_seed(0)
@@ -327,5 +348,5 @@ def load_run(directory: Path, which: str | None = None) -> LoadedRun:
         data.example,
         compression_state=checkpoint.compression_state,
     )
-    load_state(model, checkpoint.state, str(path))
+    load_state(model, checkpoint.state, str(checkpoint_path(directory, which)))
     return LoadedRun(recipe, data, host, model.eval(), checkpoint)

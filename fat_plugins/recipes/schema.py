@@ -11,9 +11,10 @@ from torch import nn
 
 from fat_plugins.config import AlgorithmName, CompressionConfig, Section, is_plugin_section, split_sections
 from fat_plugins.errors import ConfigError, unknown
-from fat_plugins.explain import explain
+from fat_plugins.explain import Expected, explain
 from fat_plugins.recipes.data import DATASETS, Data
 from fat_plugins.recipes.models import MODELS
+from fat_plugins.recipes.targets import FORMATS, Target, targets_of
 from fat_plugins.registry import algorithms, get_algorithm
 
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
@@ -139,13 +140,34 @@ class FineTuneSection(TrainSection):
     stages: list[Stage] = Field(default_factory=lambda: [Stage()], min_length=1)
 
 
+def _several(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 class ExportSection(Section):
     """What is deployed."""
 
-    format: Literal["openvino"] = "openvino"
+    format: Annotated[list[str], BeforeValidator(_several), Expected("a format or a list of formats")] = Field(
+        default_factory=lambda: ["openvino"], min_length=1, description="What is written: one format, or a list."
+    )
     checkpoint: Literal["last", "best"] = Field("last", description="'best' is chosen on the validation images.")
     verify: bool = Field(True, description="Compare integer codes of the exported file with torch.")
     verify_samples: int = Field(64, ge=1, description="Test images used for that.")
+
+    @field_validator("format")
+    @classmethod
+    def _known(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if name not in FORMATS:
+                raise ValueError(unknown("format", name, FORMATS))
+        if len(set(value)) != len(value):
+            raise ValueError(f"{value} repeat each other")
+        return value
+
+    @property
+    def targets(self) -> list[Target]:
+        """What is written and run."""
+        return targets_of(self.format)
 
 
 class BaselineSection(Section):

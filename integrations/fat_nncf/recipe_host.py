@@ -7,7 +7,6 @@ import sys
 import warnings
 from contextlib import redirect_stdout
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -73,7 +72,3 @@ class NNCFHost:
     def freeze(self, model: nn.Module) -> nn.Module:
         """Copy with frozen quantizers."""
         return fat_nncf.freeze(model)
-
-    def export(self, model: nn.Module, path: Path, example: Tensor) -> Any:
-        """Write an OpenVINO IR."""
-        return fat_nncf.export_openvino(model, path, example)

@@ -96,7 +96,7 @@ def test_usage_errors_are_code_2(args):
 def test_unknown_checkpoint_name(tmp_path):
     result = call("verify", tmp_path, "--checkpoint", "lst")
     assert result.exit_code == BAD_INPUT
-    assert "allowed: last, best" in result.stderr or "OpenVINO is not installed" in result.stderr
+    assert "allowed: last, best" in result.stderr
 
 
 def test_debug_shows_where(tmp_path):
@@ -131,7 +131,7 @@ def report(verified):
     rows = [LayerRow("conv1", "weight", "uniform", 4, "i4", 10, "brgconv_I8", "int8", 20, 0 if verified else 3, 1)]
     first = None if verified else "conv1"
     deployment = Deployment("export/model.xml", 0.75, 100, 800, rows, verified, first)
-    result = VariantResult("fat", 7, False, 0.5, 0.875, deployment)
+    result = VariantResult("fat", 7, False, 0.5, 0.875, [deployment])
     return RunReport("x", {"Data": "some [data]"}, {"fat": "FAT W4A4"}, [result])
 
 
@@ -175,7 +175,7 @@ def test_failed_check_is_code_1_and_names_the_layer(runs):
     runs.verified = False
     result = call("train", "digits_fat_w4a4")
     assert result.exit_code == FAILED
-    assert "failed: fat, seed 7: codes differ first in conv1" in result.stderr
+    assert "failed: fat, seed 7, export/model.xml: codes differ first in conv1" in result.stderr
 
 
 def test_module_runs_as_a_program():
@@ -190,5 +190,5 @@ def test_module_runs_as_a_program():
 
 def test_core_imports_no_host():
     code = "import sys, fat_plugins.cli, fat_plugins.recipes; sys.exit(any(m in sys.modules for m in %r))"
-    hosts = ("nncf", "fat_nncf", "openvino", "sklearn", "torchvision")
+    hosts = ("nncf", "brevitas", "openvino", "onnx", "qonnx", "onnxruntime", "sklearn", "torchvision")
     assert subprocess.run([sys.executable, "-c", code % (hosts,)], timeout=120).returncode == 0

@@ -68,7 +68,7 @@ def test_report_holds_what_the_demo_promises(run):
     assert "openvino" in report["versions"]
     assert [r["algorithm"] for r in report["results"]] == ["fat", "lsq"]
     for result in report["results"]:
-        deployment = result["deployment"]
+        (deployment,) = result["deployments"]
         # end to end a tie may flip one answer of the 539
         assert abs(deployment["accuracy"] - result["accuracy"]) < 0.01
         assert (run / deployment["path"]).is_file()

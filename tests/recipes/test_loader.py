@@ -28,6 +28,22 @@ def test_minimal_recipe_gets_defaults(load, recipe_text):
     assert recipe.export is None
 
 
+@pytest.mark.parametrize(
+    ("export", "formats", "targets"),
+    [
+        ("{}", ["openvino"], ["openvino"]),
+        ("{format: onnx}", ["onnx"], ["onnx"]),
+        ("{format: qonnx}", ["qonnx"], ["qonnx", "onnx"]),
+        ("{format: [openvino, onnx, qonnx]}", ["openvino", "onnx", "qonnx"], ["openvino", "onnx", "qonnx"]),
+    ],
+)
+def test_formats_stand_for_targets(load, recipe_text, export, formats, targets):
+    recipe = load(recipe_text.replace("export: null", f"export: {export}"))
+    assert recipe.export.format == formats
+    assert [t.name for t in recipe.export.targets] == targets
+    assert load(dump_recipe(recipe), "again.yaml") == recipe
+
+
 def test_dumped_recipe_reads_back_equal(load, recipe_text):
     recipe = load(recipe_text)
     assert load(dump_recipe(recipe), "again.yaml") == recipe
@@ -57,7 +73,11 @@ def test_dumped_recipe_reads_back_equal(load, recipe_text):
         ("seeds: [3]", "seeds: []", ["seeds"]),
         ("seeds: [3]", "seeds: [-1]", ["seeds.0", "got -1"]),
         ("name: tiny", "name: ../up", ["recipe.yaml:1:", "name", "got '../up'"]),
-        ("export: null", "export: {format: onnx}", ["export.format", "'openvino'", "got 'onnx'"]),
+        ("export: null", "export: {format: onxx}", ["recipe.yaml:12:", "export.format", "'onxx'", "mean 'onnx'?"]),
+        ("export: null", "export: {format: [onnx, tflite]}", ["export.format", "'tflite'", "onnx, openvino, qonnx"]),
+        ("export: null", "export: {format: [onnx, onnx]}", ["export.format", "repeat each other"]),
+        ("export: null", "export: {format: []}", ["export.format", "at least 1"]),
+        ("export: null", "export: {format: 3}", ["export.format", "a format or a list of formats", "got 3"]),
         ("export: null", "baselines: [fatt]", ["baselines.0.algorithm", "did you mean 'fat'?"]),
         ("export: null", "baselines: [lsq]", ["baselines", "recipe's own algorithm 'lsq'"]),
         ("export: null", "baselines: [{algorithm: fat, params: {levl: x}}]", ["baselines.0.params.levl", "'levels'?"]),

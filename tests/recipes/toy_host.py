@@ -1,7 +1,8 @@
-"""A host of thirty lines for the core's tests: quantizers as parametrizations of convolutions and linear layers."""
+"""A host of few lines for the core's tests: quantizers as parametrizations of convolutions and linear layers."""
 
 from __future__ import annotations
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from torch.nn.utils import parametrize
 
 import fat_plugins
 from fat_plugins import CompressionConfig, ConfigError, TensorSpec, get_algorithm
+from fat_plugins.frozen import FrozenWeight
 from fat_plugins.recipes.schema import plugin_section
 
 
@@ -65,7 +67,9 @@ class ToyHost:
         return controller.state
 
     def freeze(self, model):
-        raise NotImplementedError
-
-    def export(self, model, path, example):
-        raise NotImplementedError
+        model = copy.deepcopy(model).eval()
+        for name, module in model.named_modules():
+            if parametrize.is_parametrized(module, "weight"):
+                tensors = module.parametrizations.weight
+                tensors[0] = FrozenWeight(*tensors[0].freeze(tensors.original), name=name)
+        return model
