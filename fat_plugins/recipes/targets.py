@@ -106,9 +106,7 @@ OPENVINO = OpenVINOTarget(
 )
 QONNX = Target("qonnx", "qonnx", "model.onnx", "fat_plugins.export.qonnx", ("onnx", "qonnx"), "qonnx")
 #: standard ONNX with QuantizeLinear and DequantizeLinear
-ONNX = Target(
-    "onnx", "ONNX Runtime", "model_qdq.onnx", "fat_plugins.export.onnx", ("onnx", "onnxruntime"), "qonnx"
-)  # fmt: skip
+ONNX = Target("onnx", "ONNX Runtime", "model_qdq.onnx", "fat_plugins.export.onnx", ("onnx", "onnxruntime"), "onnx")
 
 TARGETS = {target.name: target for target in (OPENVINO, QONNX, ONNX)}
 #: what a recipe may name; the target that a format is called after comes first

@@ -97,7 +97,7 @@ def test_failing_comparison_is_exit_code_1_and_names_the_file(toy_host, exporter
     [
         ("openvino", "openvino", r"openvino is not installed: pip install 'fat-plugins\[openvino\]'"),
         ("qonnx", "qonnx", r"format qonnx: qonnx is not installed: pip install 'fat-plugins\[qonnx\]'"),
-        ("qonnx", "onnxruntime", r"format onnx: onnxruntime is not installed: pip install 'fat-plugins\[qonnx\]'"),
+        ("qonnx", "onnxruntime", r"format onnx: onnxruntime is not installed: pip install 'fat-plugins\[onnx\]'"),
         ("[openvino, onnx]", "onnx", r"format onnx: onnx is not installed"),
     ],
 )
