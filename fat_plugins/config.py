@@ -7,7 +7,9 @@ quantizer with :meth:`CompressionConfig.resolve`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -210,6 +212,42 @@ class CompressionConfig(Section):
         return algorithm, done, params
 
 
+def read_config(path: str | Path) -> Any:
+    """What a JSON file holds; comments after ``//`` on a line are allowed, as NNCF 2 allows them.
+
+    :raises ConfigError: the file cannot be read or is not JSON.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"config {str(path)!r}: {error.strerror or error}") from None
+    try:
+        return json.loads(_without_comments(text))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"config {str(path)!r}: line {error.lineno}: {error.msg}") from None
+
+
+def _without_comments(text: str) -> str:
+    """Blank out ``//`` comments that stand outside strings; line numbers stay."""
+    out, in_string, i = [], False, 0
+    while i < len(text):
+        c = text[i]
+        if in_string and c == "\\":
+            out.append(text[i : i + 2])
+            i += 2
+            continue
+        if c == '"':
+            in_string = not in_string
+        if not in_string and text.startswith("//", i):
+            i = text.find("\n", i)
+            if i < 0:
+                break
+            continue
+        out.append(c)
+        i += 1
+    return "".join(out)
+
+
 def json_schema(algorithm: type[Algorithm]) -> dict[str, Any]:
     """JSON Schema (self-contained, no ``$ref``) of ``compression`` for one algorithm, for hosts that validate."""
     schema = CompressionConfig.model_json_schema()
@@ -261,5 +299,6 @@ __all__ = [
     "explain",
     "is_plugin_section",
     "json_schema",
+    "read_config",
     "split_sections",
 ]

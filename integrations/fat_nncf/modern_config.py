@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import ceil
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from fat_nncf.modern_sparsity import SPARSITY_SECTIONS, SparsitySection, parse_sparsity
-from fat_plugins.config import PLAIN_ALGORITHM, CompressionConfig, is_plugin_section, split_sections
+from fat_plugins.config import PLAIN_ALGORITHM, CompressionConfig, is_plugin_section, read_config, split_sections
 from fat_plugins.errors import ConfigError, unknown
 from fat_plugins.registry import algorithms
 
@@ -61,14 +60,7 @@ class NNCFConfig(dict):
 
         :raises ConfigError: the file cannot be read, is not JSON, or is not a valid config.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"config {str(path)!r}: {error.strerror or error}") from None
-        try:
-            return cls.from_dict(json.loads(_without_comments(text)))
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"config {str(path)!r}: line {error.lineno}: {error.msg}") from None
+        return cls.from_dict(read_config(path))
 
     def register_extra_structs(self, structs: Iterable[Any]) -> None:
         """Keep objects beside the JSON, one of each type."""
@@ -92,27 +84,6 @@ class NNCFConfig(dict):
 
 def _struct_id(kind: type) -> str:
     return kind.get_id() if hasattr(kind, "get_id") else kind.__qualname__
-
-
-def _without_comments(text: str) -> str:
-    """Blank out ``//`` comments that stand outside strings; line numbers stay."""
-    out, in_string, i = [], False, 0
-    while i < len(text):
-        c = text[i]
-        if in_string and c == "\\":
-            out.append(text[i : i + 2])
-            i += 2
-            continue
-        if c == '"':
-            in_string = not in_string
-        if not in_string and text.startswith("//", i):
-            i = text.find("\n", i)
-            if i < 0:
-                break
-            continue
-        out.append(c)
-        i += 1
-    return "".join(out)
 
 
 @dataclass
