@@ -45,18 +45,19 @@ def _(codes, scale, levels, bits, low, axis, name):
 
 
 @torch.library.custom_op("fat_plugins::decode_sum", mutates_args=())
-def decode_sum(codes: Tensor, scale: Tensor, levels: Tensor, layout: list[int], axis: int, name: str) -> Tensor:
+def decode_sum(codes: Tensor, scale: Tensor, levels: Tensor, layout: str, axis: int, name: str) -> Tensor:
     """Weight (dtype of ``scale``) of packed codes: the sum of its parts.
 
     :param codes: packed integer codes, shape of the weight.
     :param scale, levels: those of all parts, one after the other (1-d).
-    :param layout: four numbers per part: bits, lowest code, elements of its scale, elements of its levels.
+    :param layout: four numbers per part, with spaces between: bits, lowest code, elements of its scale and of its
+        levels. Text, because the tracer records no lists.
     :param name: name of the layer.
     """
     total, shift, at, level = None, 0, 0, 0
-    packed = codes.long()
-    for i in range(0, len(layout), 4):
-        bits, low, channels, count = layout[i : i + 4]
+    packed, numbers = codes.long(), [int(n) for n in layout.split()]
+    for i in range(0, len(numbers), 4):
+        bits, low, channels, count = numbers[i : i + 4]
         part = ((packed >> shift) & (2**bits - 1)) + low
         value = _decode(part, scale[at : at + channels], levels[level : level + count], axis)
         total = value if total is None else total + value
@@ -116,9 +117,7 @@ class FrozenWeight(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         form, tensors = self.form, (self.codes, self.scale, self.levels)
         if isinstance(form, SumOfGrids):
-            layout = []
-            for part in form.parts:
-                layout += [part.bits, lowest_code(part), part.scale.numel(), _levels(part).numel()]
+            layout = " ".join(f"{p.bits} {lowest_code(p)} {p.scale.numel()} {_levels(p).numel()}" for p in form.parts)
             decoded = torch.ops.fat_plugins.decode_sum(*tensors, layout, form.channel_axis, self.name)
         else:
             decoded = torch.ops.fat_plugins.decode_weight(

@@ -85,8 +85,8 @@ def scalar(value: float, dtype: Any = np.float32) -> Any:
     return opset().constant(np.asarray(value, dtype=dtype))
 
 
-def first_line(error: Exception) -> str:
-    """The line of an OpenVINO or torch exception that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    noise = ("Check", "Exception from", "Traceback")
-    return next((line for line in lines if not line.startswith(noise)), type(error).__name__)
+def copy_with(node: Any, inputs: list[Any]) -> Any:
+    """A new node of the kind and attributes of ``node`` (a convolution or matmul) that reads ``inputs``."""
+    name = "openvino.utils.node_factory" if version() >= (2025, 0) else "openvino.runtime.utils.node_factory"
+    factory = importlib.import_module(name).NodeFactory(node.get_type_info().version_id)
+    return factory.create(node.get_type_name(), inputs, node.get_attributes())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,10 @@ from torch import Tensor
 
 from fat_plugins.errors import ExportError
 from fat_plugins.export import _ov
-from fat_plugins.export.ir import QUANTIZE, WEIGHT
+from fat_plugins.export.common import first_line
+from fat_plugins.export.ir import QUANTIZE, weight_names
+from fat_plugins.export.openvino import description, read_model
+from fat_plugins.export.verify import Run
 
 
 def _node(model: Any, name: str) -> Any:
@@ -20,28 +23,41 @@ def _node(model: Any, name: str) -> Any:
     raise ExportError(f"the IR has no node {name!r}; was it exported from another model?")
 
 
-def weight_integers(model: Any, layer: str) -> np.ndarray:
-    """Integers of one layer's weight as the CPU plugin unpacks them, in the layout that the layer reads."""
+class IR:
+    """An exported IR for :func:`fat_plugins.export.verify.compare`."""
+
+    file, runtime = "IR", "OpenVINO"
+
+    def __init__(self, path: str | os.PathLike, device: str) -> None:
+        self.device, self.versions = device, {"openvino": _ov.openvino().__version__}
+        self._model = read_model(path)
+        self.entries = description(self._model)
+        self._parts = {layer: e.get("parts", 1) for e in self.entries for layer in e.get("readers", ())}
+
+    def integers(self, layer: str) -> list[np.ndarray]:
+        """Integers of one layer's weight as the CPU plugin unpacks them, in the layout that the layer reads."""
+        return [_integers(self._model, name) for name in weight_names(layer, self._parts[layer])]
+
+    def values(self, layer: str) -> None:
+        """Nothing: the scales hold the batch norms too."""
+
+    def graph(self, names: list[str], layers: list[str], cut: bool) -> CutGraph:
+        """The IR compiled with its quantizers laid open."""
+        return CutGraph(self._model.clone(), names, layers, self.device, cut)
+
+    def fixed_batch(self) -> int | None:
+        """Size of the first dimension of the first input, where that is not open."""
+        first = self._model.inputs[0].get_partial_shape()[0]
+        return first.get_length() if first.is_static else None
+
+
+def _integers(model: Any, name: str) -> np.ndarray:
     op = _ov.opset()
-    value = _node(model, f"{WEIGHT}{layer}").input_value(0)
+    value = _node(model, name).input_value(0)
     if value.get_node().get_type_name() == "Convert" and not value.get_node().get_friendly_name().endswith("|integers"):
         value = value.get_node().input_value(0)
     probe = _ov.openvino().Model([op.result(op.convert(value, "i32"))], [])
     return _ov.openvino().Core().compile_model(probe, "CPU")([])[0].astype(np.int64)
-
-
-@dataclass
-class Run:
-    """Arrays of one inference.
-
-    :param computed: what reaches each quantizer.
-    :param quantized: what each quantizer gives.
-    :param outputs: the model's own outputs.
-    """
-
-    computed: dict[str, np.ndarray] = field(default_factory=dict)
-    quantized: dict[str, np.ndarray] = field(default_factory=dict)
-    outputs: list[np.ndarray] = field(default_factory=list)
 
 
 class CutGraph:
@@ -105,7 +121,7 @@ class CutGraph:
         try:
             values = self._compiled(dict(enumerate(arrays)))
         except Exception as error:
-            raise ExportError(f"OpenVINO refuses the inputs: {_ov.first_line(error)}") from error
+            raise ExportError(f"OpenVINO refuses the inputs: {first_line(error)}") from error
         values = [values[i] for i in range(len(self._compiled.outputs))]
         own = len(self.output_names)
         run, rest = Run(outputs=values[:own]), values[own:]

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from fat_plugins.errors import ExportError
 from fat_plugins.export import _ov
+from fat_plugins.export.common import largest_below, unique
 from fat_plugins.export.fold import constant_of, fold_affine, plain_max_pools, static_shape
 from fat_plugins.export.packing import Storage, choose_storage, collapse
-from fat_plugins.forms import Form, UniformGrid
+from fat_plugins.forms import Codebook, Form, UniformGrid, grids
 from fat_plugins.frozen import FrozenActivation, FrozenWeight, frozen_modules
 
 #: friendly names: a quantized layer has the layer's own name, its weight and the activation quantizers these prefixes;
@@ -38,10 +39,16 @@ class Entry:
     name: str
     module: Any
     tag: str
-    storage: Storage | None = None
+    storage: list[Storage] = field(default_factory=list)  # of every grid
+    parts: int = 1
     readers: list[str] = field(default_factory=list)
     operations: list[str] = field(default_factory=list)  # those readers that are a convolution or matmul
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def repeated(self) -> bool:
+        """A further call of a weight that was reported before."""
+        return self.kind == "weight" and self.name != self.module.name
 
 
 class Converter:
@@ -57,7 +64,8 @@ class Converter:
         from openvino.frontend.pytorch import ConversionExtension
 
         return [
-            ConversionExtension("fat_plugins::decode_weight", self._weight),
+            ConversionExtension("fat_plugins::decode_weight", lambda context: self._weight(context, 6)),
+            ConversionExtension("fat_plugins::decode_sum", lambda context: self._weight(context, 5)),
             ConversionExtension("fat_plugins::quantize_activation", self._activation),
         ]
 
@@ -67,8 +75,8 @@ class Converter:
         self.entries.append(entry)
         return entry, serial
 
-    def _weight(self, context: Any) -> Any:
-        entry, serial = self._entry("weight", FrozenWeight, context.get_values_from_const_input(6))
+    def _weight(self, context: Any, name: int) -> Any:
+        entry, serial = self._entry("weight", FrozenWeight, context.get_values_from_const_input(name))
         op = _ov.opset()
         # constant folding leaves 8-bit constants alone; the serial number keeps equal layers from being merged
         ones = op.convert(op.constant(np.ones(tuple(entry.module.codes.shape), np.int8)), "f32")
@@ -84,16 +92,6 @@ class Converter:
         return node.outputs()
 
 
-def unique(name: str, kind: str, taken: set[tuple[str, str]]) -> str:
-    """``name``, or ``name#2``, ``name#3``... for a module that is called several times."""
-    candidate, n = name, 1
-    while (kind, candidate) in taken:
-        n += 1
-        candidate = f"{name}#{n}"
-    taken.add((kind, candidate))
-    return candidate
-
-
 def rewrite(model: Any, entries: list[Entry]) -> None:
     """Replace every placeholder of ``model`` in place.
 
@@ -103,7 +101,7 @@ def rewrite(model: Any, entries: list[Entry]) -> None:
     for entry in entries:
         if entry.tag not in nodes:
             raise ExportError(f"{entry.name}: OpenVINO's conversion dropped the quantizer of this {entry.kind}")
-    shared: dict[tuple, tuple[Any, Storage]] = {}
+    shared: dict[tuple, list[tuple[Any, Storage]]] = {}
     names: set[tuple[str, str]] = set()
     for entry in entries:
         if entry.kind == "weight":
@@ -122,83 +120,133 @@ class _Use:
 
     target: Any  # input of the consuming node
     shape: tuple[int, ...]
-    scale: np.ndarray  # float64, broadcastable to shape
+    scales: list[np.ndarray]  # of every grid, float64, broadcastable to shape
 
 
-def _uses(output: Any, shape: tuple[int, ...], scale: np.ndarray) -> Iterator[_Use]:
+def _uses(output: Any, shape: tuple[int, ...], scales: list[np.ndarray]) -> Iterator[_Use]:
     for target in list(output.get_target_inputs()):
         node = target.get_node()
         kind, end = node.get_type_name(), node.output(0) if node.get_output_size() else None
         if kind == "Multiply":
             factor = constant_of(node.input_value(1 - target.get_index()))
             if factor is not None and static_shape(end) == shape:
-                yield from _uses(end, shape, scale * factor)
+                yield from _uses(end, shape, [s * factor for s in scales])
                 continue
         if kind in _SHAPE_ONLY and target.get_index() == 0 and static_shape(end) is not None:
             new = static_shape(end)
-            # a scale of one element fits any shape; else it follows the weight through the reshape
-            full = np.ones([1] * len(new)) * scale.reshape(-1)[0] if scale.size == 1 else None
-            if full is None:
-                full = collapse(np.broadcast_to(scale, shape).reshape(new))
-            yield from _uses(end, new, full)
+            yield from _uses(end, new, [_reshaped(s, shape, new) for s in scales])
             continue
-        yield _Use(target, shape, scale)
+        yield _Use(target, shape, scales)
+
+
+def _reshaped(scale: np.ndarray, shape: tuple[int, ...], new: tuple[int, ...]) -> np.ndarray:
+    """A scale follows its weight through a reshape; one of one element fits any shape."""
+    if scale.size == 1:
+        return np.ones([1] * len(new)) * scale.reshape(-1)[0]
+    return collapse(np.broadcast_to(scale, shape).reshape(new))
 
 
 def _rewrite_weight(root: Any, entry: Entry, shared: dict, names: set) -> None:
     module: FrozenWeight = entry.module
     shape = tuple(module.codes.shape)
-    view = [1] * len(shape)
-    if module.scale.numel() > 1:
-        view[module.form.channel_axis] = module.scale.numel()
-    scale = module.scale.detach().cpu().double().numpy().reshape(view)
-    for use in list(_uses(root.output(0), shape, scale)):
+    parts = grids(module.form, module.codes.detach().cpu())
+    entry.parts = len(parts)
+    for use in list(_uses(root.output(0), shape, [_weight_scale(form, len(shape)) for form, _ in parts])):
         node = use.target.get_node()
         layer = unique(module.name, "layer", names)
         is_layer = node.get_type_name() in LAYER_TYPES and use.target.get_index() == 1
         factors = fold_affine(node, use.shape) if is_layer else None
         if factors is not None:
-            use.scale = use.scale * factors
+            use.scales = [s * factors for s in use.scales]
         key = (module.name, use.shape)
         if key not in shared:
-            shared[key] = _integers(module, use.shape)
-        values, entry.storage = shared[key]
-        op = _ov.opset()
-        real = values if values.get_element_type().to_string() == "f32" else op.convert(values, "f32").output(0)
-        # a scale of one element is written as a scalar
-        final = use.scale.astype(np.float32)
-        weight = op.multiply(real, op.constant(final.reshape(()) if final.size == 1 else final))
-        weight.set_friendly_name(f"{WEIGHT}{layer}")
-        use.target.replace_source_output(weight.output(0))
-        if is_layer:
-            node.set_friendly_name(layer)
-            entry.operations.append(layer)
+            shared[key] = [
+                _integers(f, c, use.shape, n) for (f, c), n in zip(parts, _names(module.name, len(parts)), strict=True)
+            ]
+        entry.storage = [storage for _, storage in shared[key]]
+        terms = []
+        for (values, _), scale, name in zip(shared[key], use.scales, weight_names(layer, len(parts)), strict=True):
+            terms.append(_scaled(values, scale, name))
+        if len(terms) > 1 and is_layer:
+            entry.operations += _sum_of_layers(node, terms, layer)
         else:
+            total = reduce(_ov.opset().add, terms)
+            use.target.replace_source_output(total.output(0))
+            if is_layer:
+                node.set_friendly_name(layer)
+                entry.operations.append(layer)
+        if not is_layer:
             entry.notes.append(f"read by {node.get_type_name()}, not by a convolution or matmul")
         entry.readers.append(layer)
-    if entry.storage.note:
-        entry.notes.append(entry.storage.note)
+    entry.notes += dict.fromkeys(s.note for s in entry.storage if s.note)
+    if len(parts) > 1:
+        entry.notes.append(f"a sum of {len(parts)} grids: as many layers, whose outputs are added")
     if module.levels.numel() and not _fits(module.levels, -128, 127):
-        least, most = int(module.levels[0]), int(module.levels[-1])
+        least, most = int(module.levels.min()), int(module.levels.max())
         entry.notes.append(f"levels {least} .. {most} do not fit 8 bits: runs in float")
+
+
+def weight_names(layer: str, parts: int) -> list[str]:
+    """Friendly names of a layer's decoded weight, one per grid."""
+    return [f"{WEIGHT}{name}" for name in _names(layer, parts)]
+
+
+def _names(layer: str, parts: int) -> list[str]:
+    return [layer] if parts == 1 else [f"{layer}|{i}" for i in range(parts)]
+
+
+def _weight_scale(form: Form, rank: int) -> np.ndarray:
+    view = [1] * rank
+    if form.scale.numel() > 1:
+        view[form.channel_axis] = form.scale.numel()
+    return form.scale.detach().cpu().double().numpy().reshape(view)
+
+
+def _scaled(values: Any, scale: np.ndarray, name: str) -> Any:
+    op = _ov.opset()
+    real = values if values.get_element_type().to_string() == "f32" else op.convert(values, "f32").output(0)
+    # a scale of one element is written as a scalar
+    final = scale.astype(np.float32)
+    weight = op.multiply(real, op.constant(final.reshape(()) if final.size == 1 else final))
+    weight.set_friendly_name(name)
+    return weight
+
+
+def _sum_of_layers(node: Any, weights: list[Any], layer: str) -> list[str]:
+    """Put one copy of ``node`` per weight in its place, outputs added: each keeps an integer kernel."""
+    copies = [_ov.copy_with(node, [node.input_value(0), w.output(0)]) for w in weights]
+    names = _names(layer, len(copies))
+    for copy, name in zip(copies, names, strict=True):
+        copy.set_friendly_name(name)
+    total = reduce(_ov.opset().add, copies)
+    total.set_friendly_name(layer)
+    _take_place(node.output(0), total.output(0))
+    return names
+
+
+def _take_place(old: Any, new: Any) -> None:
+    """All readers of ``old`` read ``new``, which has its tensor names (they are the model's outputs' names)."""
+    if old.get_tensor().get_names():
+        new.get_tensor().set_names(old.get_tensor().get_names())
+    for target in list(old.get_target_inputs()):
+        target.replace_source_output(new)
 
 
 def _fits(levels: Any, low: int, high: int) -> bool:
     return bool(low <= int(levels.min()) and int(levels.max()) <= high)
 
 
-def _integers(module: FrozenWeight, shape: tuple[int, ...]) -> tuple[Any, Storage]:
-    """Output with the integers of a weight in i8 (f32 where 8 bits cannot hold them), and how they are stored."""
-    op, form, name = _ov.opset(), module.form, module.name
-    codes = module.codes.detach().cpu().numpy().reshape(shape)
-    low, high = (form.low, form.high) if isinstance(form, UniformGrid) else (0, int(module.levels.numel()) - 1)
+def _integers(form: UniformGrid | Codebook, codes: Any, shape: tuple[int, ...], name: str) -> tuple[Any, Storage]:
+    """Output with the integers of a grid in i8 (f32 where 8 bits cannot hold them), and how they are stored."""
+    op, codes = _ov.opset(), codes.numpy().reshape(shape)
+    low, high = (form.low, form.high) if isinstance(form, UniformGrid) else (0, int(form.levels.numel()) - 1)
     if codes.size and (codes.min() < low or codes.max() > high):
         raise ExportError(f"{name}: codes {codes.min()} .. {codes.max()} lie outside the form's {low} .. {high}")
     storage = choose_storage(low, high, _ov.storage_types())
     stored = _ov.packed_constant(codes + storage.zero_point, storage)
     stored.set_friendly_name(f"{WEIGHT}{name}|codes")
     if not isinstance(form, UniformGrid):
-        levels = module.levels.detach().cpu().numpy()
+        levels = form.levels.numpy()
         table = levels.astype(np.int8 if _fits(levels, -128, 127) else np.float32)
         out = op.gather(op.constant(table), op.convert(stored, "i32"), _ov.scalar(0, np.int32))
     elif low < -128 or high > 127:
@@ -222,11 +270,7 @@ def _rewrite_activation(placeholder: Any, entry: Entry) -> None:
     else:
         out = _staircase(source, form, entry)
     out.set_friendly_name(f"{QUANTIZE}{entry.name}")
-    for target in list(placeholder.output(0).get_target_inputs()):
-        target.replace_source_output(out.output(0))
-    tensor = placeholder.output(0).get_tensor()
-    if tensor.get_names():  # the quantizer was a model output
-        out.output(0).get_tensor().set_names(tensor.get_names())
+    _take_place(placeholder.output(0), out.output(0))
 
 
 def _scale(source: Any, form: Form) -> np.ndarray:
@@ -276,7 +320,7 @@ def _staircase(source: Any, form: Any, entry: Entry) -> Any:
     """A sum of comparisons, exact, then the 8-bit grid as a carrier that changes nothing."""
     op, scale = _ov.opset(), _scale(source, form)
     levels, prefix = form.levels.detach().cpu().numpy(), f"{QUANTIZE}{entry.name}"
-    thresholds = [_largest_below(t, scale.astype(np.float32)) for t in form.thresholds.detach().cpu().double().numpy()]
+    thresholds = [largest_below(t, scale.astype(np.float32)) for t in form.thresholds.detach().cpu().double().numpy()]
     if len(thresholds) > 8 and _ov.version() < (2025, 1) and not scale.ndim:
         total = _looked_up(source, thresholds, levels, prefix)
     else:
@@ -312,16 +356,3 @@ def _looked_up(source: Any, thresholds: list[np.ndarray], levels: np.ndarray, pr
     level = op.gather(op.constant(levels.astype(np.float32)), index, _ov.scalar(0, np.int32))
     level.set_friendly_name(f"{prefix}|level")
     return level
-
-
-def _largest_below(threshold: float, scale: np.ndarray) -> np.ndarray:
-    """The largest float32 ``x`` with ``x / scale <= threshold`` in torch's float32 arithmetic, so that ``x > it`` is
-    the very comparison that torch makes after the division."""
-    t = torch.tensor(threshold, dtype=torch.float64).float().numpy()
-    x = (t * scale).astype(np.float32)
-    for _ in range(8):
-        x = np.where(x / scale > t, np.nextafter(x, np.float32(-np.inf)), x)
-    for _ in range(8):
-        up = np.nextafter(x, np.float32(np.inf))
-        x = np.where(up / scale <= t, up, x)
-    return x.astype(np.float32)

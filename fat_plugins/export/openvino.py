@@ -7,8 +7,6 @@ import json
 import os
 import uuid
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,61 +15,20 @@ from torch import Tensor, nn
 
 from fat_plugins.errors import ExportError
 from fat_plugins.export import _ov
+from fat_plugins.export.common import (
+    ExportReport,
+    LayerReport,
+    as_inputs,
+    check_model,
+    check_path,
+    first_line,
+    on_device,
+    warn_of_notes,
+)
 from fat_plugins.export.ir import Converter, Entry, rewrite
 from fat_plugins.forms import form_kind
-from fat_plugins.frozen import frozen_modules
-from fat_plugins.quantizer import named_quantizers
 
 _RT_INFO = ["fat_plugins", "layers"]
-
-
-@dataclass
-class LayerReport:
-    """One quantized tensor of the written model.
-
-    :param kind: ``"weight"`` or ``"activation"``.
-    :param form: kind of the deployed form.
-    :param bits: width of the codes; ``storage`` is the element type that holds them in the file (weights).
-    :param elements, bytes: number of codes and their size in the file (0 for activations).
-    :param note: what runs or is stored wider than asked, and why.
-    """
-
-    name: str
-    kind: str
-    form: str
-    bits: int
-    elements: int = 0
-    bytes: int = 0
-    storage: str = ""
-    note: str = ""
-
-
-@dataclass
-class ExportReport:
-    """What :func:`export` wrote. Sizes in bytes.
-
-    :param weights_bytes: size of the ``.bin`` file.
-    :param float_bytes: size that the same model would have with every weight in float32.
-    """
-
-    path: str
-    openvino: str
-    weights_bytes: int
-    float_bytes: int
-    layers: list[LayerReport] = field(default_factory=list)
-
-    @property
-    def notes(self) -> list[str]:
-        """Everything that is wider or slower than asked, one line per layer."""
-        return [f"{layer.name}: {layer.note}" for layer in self.layers if layer.note]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready dictionary."""
-        return asdict(self)
-
-    def to_json(self) -> str:
-        """The report as JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
 
 
 def export(
@@ -86,69 +43,20 @@ def export(
     :raises ExportError: OpenVINO is missing, the path cannot be written, a quantizer is uncalibrated or unfit, or
         OpenVINO cannot convert the model. No file is touched then.
     """
-    path = check_path(path)
-    _check_model(frozen_model)
+    path = check_path(path, ".xml", "an OpenVINO model", also=(".bin",))
+    check_model(frozen_model)
     _ov.openvino()
     inputs = on_device(frozen_model, as_inputs(example_input))
     model, entries = _convert(frozen_model.eval(), inputs, dynamic_batch)
-    layers = [_layer_report(e) for e in entries if not (e.kind == "weight" and "#" in e.name)]
+    layers = [_layer_report(e) for e in entries if not e.repeated]
     model.set_rt_info(json.dumps(_description(entries)), _RT_INFO)
     _save(model, path)
     size = path.with_suffix(".bin").stat().st_size
     float_bytes = size + sum(4 * r.elements - r.bytes for r in layers)
-    report = ExportReport(str(path), _ov.openvino().__version__, size, float_bytes, layers)
-    if report.notes:
-        more = f" (and {len(report.notes) - 1} more, see the report's notes)" if len(report.notes) > 1 else ""
-        warnings.warn(f"{report.notes[0]}{more}", stacklevel=2)
+    versions = {"openvino": _ov.openvino().__version__}
+    report = ExportReport(str(path), "OpenVINO IR", size, float_bytes, versions, layers)
+    warn_of_notes(report)
     return report
-
-
-def check_path(path: str | os.PathLike) -> Path:
-    """The path to write, checked before anything is converted.
-
-    :raises ExportError: wrong suffix, no such directory, or no permission to write.
-    """
-    path = Path(path)
-    if path.suffix != ".xml":
-        raise ExportError(f"{path}: an OpenVINO model is written to a path that ends in .xml")
-    if not path.parent.is_dir():
-        raise ExportError(f"{path}: the directory {path.parent} does not exist")
-    if path.is_dir() or path.with_suffix(".bin").is_dir():
-        raise ExportError(f"{path}: is a directory")
-    if not os.access(path.parent, os.W_OK):
-        raise ExportError(f"{path}: the directory {path.parent} cannot be written to")
-    return path
-
-
-def as_inputs(example_input: Any) -> tuple[Tensor, ...]:
-    """Inputs of a model as a tuple of tensors.
-
-    :raises ExportError: anything but a tensor or a sequence of tensors.
-    """
-    inputs = (example_input,) if isinstance(example_input, Tensor) else example_input
-    if not isinstance(inputs, Sequence) or not inputs or not all(isinstance(x, Tensor) for x in inputs):
-        raise ExportError(f"example_input must be a tensor or a tuple of tensors, got {type(example_input).__name__}")
-    return tuple(inputs)
-
-
-def on_device(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """``inputs`` where the frozen model is."""
-    device = next(frozen_modules(model)).scale.device
-    return tuple(x.to(device) for x in inputs)
-
-
-def _check_model(model: nn.Module) -> None:
-    live = [name for name, _ in named_quantizers(model)]
-    if live:
-        raise ExportError(f"{live[0]}: still a training quantizer ({len(live)} in the model): freeze the model first")
-    for module in frozen_modules(model):
-        if module.form is None:
-            raise ExportError(f"{module.name}: the activation quantizer was never calibrated")
-        if not bool(torch.isfinite(module.scale).all()):
-            raise ExportError(f"{module.name}: the scale is not finite")
-        # an activation range of zero width crashes some versions of the CPU plugin
-        if not hasattr(module, "codes") and not bool((module.scale > 0).all()):
-            raise ExportError(f"{module.name}: the scale of an activation must be positive")
 
 
 def _convert(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool) -> tuple[Any, list[Entry]]:
@@ -160,7 +68,7 @@ def _convert(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool) 
             warnings.simplefilter("ignore")  # the tracer's remarks on shapes are no business of the user
             result = ov.convert_model(model, example_input=example, input=shapes, extension=converter.extensions())
     except Exception as error:
-        raise ExportError(f"OpenVINO {ov.__version__} cannot convert the model: {_ov.first_line(error)}") from error
+        raise ExportError(f"OpenVINO {ov.__version__} cannot convert the model: {first_line(error)}") from error
     if not converter.entries:
         raise ExportError("no frozen quantizer is reached by the model's forward")
     rewrite(result, converter.entries)
@@ -172,8 +80,8 @@ def _layer_report(entry: Entry) -> LayerReport:
     module = entry.module
     report = LayerReport(entry.name, entry.kind, form_kind(module.form), module.form.bits, note="; ".join(entry.notes))
     if entry.kind == "weight":
-        report.elements, report.storage = module.codes.numel(), entry.storage.element
-        report.bytes = -(-report.elements * entry.storage.bits // 8)
+        report.elements, report.storage = module.codes.numel(), "+".join(s.element for s in entry.storage)
+        report.bytes = sum(-(-report.elements * s.bits // 8) for s in entry.storage)
     return report
 
 
@@ -183,7 +91,7 @@ def _description(entries: list[Entry]) -> list[dict[str, Any]]:
     for e in entries:
         out.append({"kind": e.kind, "name": e.name, "bits": e.module.form.bits})
         if e.kind == "weight":
-            out[-1] |= {"readers": e.readers, "operations": e.operations}
+            out[-1] |= {"readers": e.readers, "operations": e.operations, "parts": e.parts}
     return out
 
 
@@ -210,7 +118,7 @@ def read_model(path: str | os.PathLike) -> Any:
     try:
         return _ov.openvino().Core().read_model(str(path))
     except Exception as error:
-        raise ExportError(f"{path}: OpenVINO cannot read it: {_ov.first_line(error)}") from None
+        raise ExportError(f"{path}: OpenVINO cannot read it: {first_line(error)}") from None
 
 
 def _save(model: Any, path: Path) -> None:
@@ -220,7 +128,7 @@ def _save(model: Any, path: Path) -> None:
         os.replace(temporary.with_suffix(".bin"), path.with_suffix(".bin"))
         os.replace(temporary, path)
     except Exception as error:
-        raise ExportError(f"{path}: cannot be written: {_ov.first_line(error)}") from error
+        raise ExportError(f"{path}: cannot be written: {first_line(error)}") from error
     finally:
         for left in (temporary, temporary.with_suffix(".bin")):
             left.unlink(missing_ok=True)
@@ -284,3 +192,17 @@ def kernels(path_or_model: Any, device: str = "CPU") -> list[Kernel]:
     if missing:
         raise ExportError(f"{missing[0]}: not found among the kernels of the compiled model")
     return list(found.values())
+
+
+def execute(path: str | os.PathLike, inputs: list[Any]) -> list[Any]:
+    """Outputs of an IR for one batch, on the CPU in float32.
+
+    :param inputs: numpy arrays, one per input.
+    :raises ExportError: unreadable file, or inputs that the model refuses.
+    """
+    compiled = _ov.openvino().Core().compile_model(read_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    try:
+        values = compiled(dict(enumerate(inputs)))
+    except Exception as error:
+        raise ExportError(f"OpenVINO refuses the inputs: {first_line(error)}") from error
+    return [values[i] for i in range(len(compiled.outputs))]

@@ -1,8 +1,10 @@
-"""Proof that an exported model computes what was trained: integer codes, layer by layer, torch against OpenVINO.
+"""Proof that an exported model computes what was trained: integer codes, layer by layer, torch against the runtime.
 
-Three comparisons. Weights: the codes as the plugin unpacks them, exactly. Activations, teacher-forced: every quantizer
-of the IR is fed with torch's own tensor, so that an error shows in the layer that makes it and nowhere else. End to
+Three comparisons. Weights: the codes as the runtime reads them, exactly. Activations, teacher-forced: every quantizer
+of the file is fed with torch's own tensor, so that an error shows in the layer that makes it and nowhere else. End to
 end: the model as it runs, where one flipped tie may cascade; reported, not judged.
+
+:func:`compare` does this for any runtime that offers a :class:`Target`; :func:`verify` is its use with OpenVINO.
 """
 
 from __future__ import annotations
@@ -11,18 +13,15 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fat_plugins.errors import ExportError
-from fat_plugins.export import _ov
-from fat_plugins.export.graph import CutGraph, weight_integers
-from fat_plugins.export.ir import unique
-from fat_plugins.export.openvino import as_inputs, description, on_device, read_model
-from fat_plugins.forms import UniformGrid
+from fat_plugins.export.common import as_inputs, first_line, on_device, unique, with_versions
+from fat_plugins.forms import UniformGrid, grids
 from fat_plugins.frozen import FrozenActivation, FrozenWeight, frozen_modules
 
 #: activations held at once, in elements; larger batches are compared in slices
@@ -32,6 +31,70 @@ _STEP_TOLERANCE = 1e-3
 _OUTPUT_TOLERANCE = 1e-4
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# the side of the runtime
+# --------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Run:
+    """Arrays of one inference.
+
+    :param computed: what reaches each quantizer.
+    :param quantized: what each quantizer gives.
+    :param outputs: the model's own outputs.
+    """
+
+    computed: dict[str, np.ndarray] = field(default_factory=dict)
+    quantized: dict[str, np.ndarray] = field(default_factory=dict)
+    outputs: list[np.ndarray] = field(default_factory=list)
+
+
+class Graph(Protocol):
+    """A file made ready to run, with what its quantizers read and give laid open."""
+
+    #: names of the model's outputs
+    output_names: list[str]
+
+    def producers(self, name: str) -> list[str]:
+        """Quantized layers between the quantizers before and the input of quantizer ``name``."""
+
+    def output_producers(self, index: int) -> list[str]:
+        """Quantized layers between the last quantizers and an output of the model."""
+
+    def run(self, inputs: list[np.ndarray], feed: dict[str, Tensor]) -> Run:
+        """One inference. ``feed``: input of every quantizer when the graph is cut."""
+
+
+class Target(Protocol):
+    """An exported file and what executes it.
+
+    :param file: what messages call the file.
+    :param runtime, device, versions: who executes it; ``versions`` by package name.
+    :param entries: the exporter's description of the quantized tensors (``kind``, ``name``, ``bits``; ``readers`` of a
+        weight: names of the layers that read it).
+    """
+
+    file: str
+    runtime: str
+    device: str
+    versions: dict[str, str]
+    entries: list[dict[str, Any]]
+
+    def integers(self, layer: str) -> list[np.ndarray]:
+        """Integers of a layer's weight as the runtime reads them, one array per grid, elements in torch's order."""
+
+    def values(self, layer: str) -> list[np.ndarray] | None:
+        """Real values of the same; ``None`` where the file folds something else into the scale."""
+
+    def graph(self, names: list[str], layers: list[str], cut: bool) -> Graph:
+        """The file made ready to run; ``cut`` feeds every quantizer of ``names`` from outside."""
+
+    def fixed_batch(self) -> int | None:
+        """The only batch size that the file takes, ``None`` for any."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# reports
+# --------------------------------------------------------------------------------------------------------------------
 @dataclass
 class WeightCheck:
     """Codes of one weight: how many there are and how many differ. ``position``: place in the execution order."""
@@ -49,7 +112,7 @@ class ActivationCheck:
     :param layers: quantized layers that compute its input.
     :param elements: activations compared.
     :param ties, differences: codes of the quantizer that differ, within and outside the tie guard.
-    :param input_ties, input_differences: the same for torch's code of the input that OpenVINO computed.
+    :param input_ties, input_differences: the same for torch's code of the input that the runtime computed.
     :param max_error: largest deviation of that input, in steps, where torch does not clip it.
     :param end_to_end: codes that differ when nothing is fed in between (includes what ties cascade into).
     """
@@ -86,8 +149,9 @@ class OutputCheck:
 
 @dataclass
 class VerifyReport:
-    """What :func:`verify` found. ``ok`` means no difference outside ties.
+    """What :func:`compare` found. ``ok`` means no difference outside ties.
 
+    :param runtime, device, versions: who executed the file; in the JSON each version is a key of its own.
     :param first_difference: name of the first layer, in execution order, that differs, or ``None``.
     :param detail: one line on it.
     """
@@ -95,7 +159,8 @@ class VerifyReport:
     ok: bool
     path: str
     device: str
-    openvino: str
+    runtime: str
+    versions: dict[str, str]
     samples: int
     tie_guard: float
     first_difference: str | None = None
@@ -111,7 +176,7 @@ class VerifyReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dictionary."""
-        return {**asdict(self), "ties": self.ties}
+        return {**with_versions(asdict(self)), "ties": self.ties}
 
     def to_json(self) -> str:
         """The report as JSON text."""
@@ -123,7 +188,8 @@ class VerifyReport:
         from rich.table import Table
 
         verdict = "[green]equal[/]" if self.ok else f"[red]first difference: {escape(self.first_difference or '')}[/]"
-        table = Table(title=f"torch and OpenVINO {self.device}, {self.samples} samples: {verdict}", caption=self.detail)
+        title = f"torch and {self.runtime} {self.device}, {self.samples} samples: {verdict}"
+        table = Table(title=title, caption=self.detail)
         for heading in ("layer", "tensor", "elements", "ties", "differences", "max error", "end to end"):
             table.add_column(heading, justify="left" if heading in ("layer", "tensor") else "right")
 
@@ -161,28 +227,36 @@ def verify(
     :param device: OpenVINO device; float operations run in float32.
     :raises ExportError: unreadable IR, an IR of another model, or inputs that the model refuses.
     """
+    from fat_plugins.export.graph import IR
+
+    inputs = as_inputs(inputs)
+    return compare(frozen_model, IR(xml_path, device), xml_path, inputs, tie_guard)
+
+
+def compare(
+    frozen_model: nn.Module, target: Target, path: str | os.PathLike, inputs: Any, tie_guard: float
+) -> VerifyReport:
+    """Compare a frozen torch model with an exported file; the parameters and errors are those of :func:`verify`."""
     inputs = as_inputs(inputs)
     frozen_model.eval()
-    _ov.openvino()
-    model = read_model(xml_path)
-    entries = description(model)
     calls = _call_order(frozen_model, tuple(x[:1] for x in inputs) if _sliceable(inputs) else inputs)
-    _same_model(calls, entries)
+    _same_model(calls, target)
 
-    report = VerifyReport(False, str(xml_path), device, _ov.openvino().__version__, int(inputs[0].shape[0]), tie_guard)
-    uses = {e["name"]: e["readers"] for e in entries if e["kind"] == "weight"}
+    samples = int(inputs[0].shape[0])
+    report = VerifyReport(False, str(path), target.device, target.runtime, target.versions, samples, tie_guard)
+    uses = {e["name"]: e["readers"] for e in target.entries if e["kind"] == "weight"}
     layers = [layer for names in uses.values() for layer in names]
     for i, (kind, name) in enumerate(calls.order):
         if kind == "weight":
             module = calls.modules[kind, name]
-            report.weights += [_check_weight(model, layer, module, i) for layer in uses[name]]
+            report.weights += [_check_weight(target, layer, module, i) for layer in uses[name]]
     names = [name for kind, name in calls.order if kind == "activation"]
-    forced, whole = CutGraph(model.clone(), names, layers, device, cut=True), CutGraph(model, names, [], device)
+    forced, whole = target.graph(names, layers, True), target.graph(names, [], False)
     position = {key: i for i, key in enumerate(calls.order)}
     report.activations = [ActivationCheck(n, position["activation", n], forced.producers(n)) for n in names]
     report.outputs = [OutputCheck(n, forced.output_producers(i)) for i, n in enumerate(forced.output_names)]
-    for part in _slices(inputs, model, calls):
-        _compare(frozen_model, part, forced, whole, report)
+    for part in _slices(inputs, target, calls):
+        _compare(frozen_model, part, forced, whole, report, target)
     _judge(report)
     return report
 
@@ -218,7 +292,7 @@ def _record(model: nn.Module, inputs: tuple[Tensor, ...], keep: bool = True) -> 
         with torch.no_grad():
             calls.outputs = list(_tensors(model(*on_device(model, inputs))))
     except Exception as error:
-        raise ExportError(f"the torch model refuses the inputs: {_ov.first_line(error)}") from error
+        raise ExportError(f"the torch model refuses the inputs: {first_line(error)}") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -240,32 +314,34 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(v)
 
 
-def _same_model(calls: _Calls, entries: list[dict[str, Any]]) -> None:
-    """The IR must name the same quantizers with the same widths."""
-    written = {(e["kind"], e["name"]): e for e in entries}
+def _same_model(calls: _Calls, target: Target) -> None:
+    """The file must name the same quantizers with the same widths."""
+    file, written = target.file, {(e["kind"], e["name"]): e for e in target.entries}
     for key, module in calls.modules.items():
         if key not in written:
-            raise ExportError(f"{key[1]}: this {key[0]} is not in the IR; was it exported from another model?")
+            raise ExportError(f"{key[1]}: this {key[0]} is not in the {file}; was it exported from another model?")
         if written[key]["bits"] != module.form.bits:
-            raise ExportError(f"{key[1]}: {module.form.bits} bits in torch, {written[key]['bits']} in the IR")
+            raise ExportError(f"{key[1]}: {module.form.bits} bits in torch, {written[key]['bits']} in the {file}")
     for kind, name in written:
         if (kind, name) not in calls.modules:
-            raise ExportError(f"{name}: this {kind} of the IR is not in the model; was it exported from another model?")
+            raise ExportError(
+                f"{name}: this {kind} of the {file} is not in the model; was it exported from another model?"
+            )
 
 
 def _sliceable(inputs: tuple[Tensor, ...]) -> bool:
     return all(x.ndim and x.shape[0] == inputs[0].shape[0] for x in inputs) and inputs[0].shape[0] > 0
 
 
-def _slices(inputs: tuple[Tensor, ...], model: Any, calls: _Calls) -> Iterator[tuple[Tensor, ...]]:
-    """Parts of the batch that fit the budget, and the IR's batch size when that is fixed."""
+def _slices(inputs: tuple[Tensor, ...], target: Target, calls: _Calls) -> Iterator[tuple[Tensor, ...]]:
+    """Parts of the batch that fit the budget, and the file's batch size when that is fixed."""
     if not _sliceable(inputs):
         yield inputs
         return
-    batch, fixed = inputs[0].shape[0], model.inputs[0].get_partial_shape()[0]
-    size = fixed.get_length() if fixed.is_static else max(1, min(batch, _BUDGET // max(calls.elements, 1)))
-    if fixed.is_static and batch % size:
-        raise ExportError(f"the IR has a fixed batch of {size}; {batch} samples are not a multiple of it")
+    batch, fixed = inputs[0].shape[0], target.fixed_batch()
+    size = fixed or max(1, min(batch, _BUDGET // max(calls.elements, 1)))
+    if fixed and batch % fixed:
+        raise ExportError(f"the {target.file} has a fixed batch of {fixed}; {batch} samples are not a multiple of it")
     for start in range(0, batch, size):
         yield tuple(x[start : start + size] for x in inputs)
 
@@ -273,11 +349,22 @@ def _slices(inputs: tuple[Tensor, ...], model: Any, calls: _Calls) -> Iterator[t
 # --------------------------------------------------------------------------------------------------------------------
 # comparisons
 # --------------------------------------------------------------------------------------------------------------------
-def _check_weight(model: Any, layer: str, module: FrozenWeight, position: int) -> WeightCheck:
-    found = weight_integers(model, layer).reshape(-1)
-    wanted = module.form.integers(module.codes.cpu()).numpy().reshape(-1)
-    wrong = (found != wanted).sum() if found.size == wanted.size else wanted.size
-    return WeightCheck(layer, position, wanted.size, int(wrong))
+def _check_weight(target: Target, layer: str, module: FrozenWeight, position: int) -> WeightCheck:
+    """Count the elements of which an integer, or a real value where the file tells, is another one."""
+    wanted = grids(module.form, module.codes.cpu())
+    integers, values = target.integers(layer), target.values(layer)
+    elements = module.codes.numel()
+    if len(integers) != len(wanted):
+        return WeightCheck(layer, position, elements, elements)
+    wrong = np.zeros(elements, bool)
+    for i, (grid, codes) in enumerate(wanted):
+        pairs = [(integers[i], grid.integers(codes))]
+        if values is not None:
+            pairs.append((values[i], grid.decode(codes)))
+        for found, torchs in pairs:
+            same_size = found.size == elements
+            wrong |= (found.reshape(-1) != torchs.numpy().reshape(-1)) if same_size else True
+    return WeightCheck(layer, position, elements, int(wrong.sum()))
 
 
 def _steps(module: FrozenActivation, x: Tensor) -> Tensor:
@@ -291,7 +378,7 @@ def _steps(module: FrozenActivation, x: Tensor) -> Tensor:
 
 
 def _differs(module: FrozenActivation, values: Tensor, codes: Tensor) -> Tensor:
-    """Where quantized ``values`` of OpenVINO are not what ``codes`` stand for. Not rounded or clipped on the way, so
+    """Where quantized ``values`` of the runtime are not what ``codes`` stand for. Not rounded or clipped on the way, so
     that a wrong scale or a missing clamp shows."""
     wanted = module.form.integers(codes).double()
     return ~((_steps(module, values) - wanted).abs() <= _STEP_TOLERANCE * wanted.abs().clamp(min=1))
@@ -305,7 +392,7 @@ def _guard(module: FrozenActivation, tie_guard: float) -> float:
 
 
 def _off_tie(module: FrozenActivation, x: Tensor, codes: Tensor, where: Tensor, guard: float) -> Tensor:
-    """``x`` moved away from the threshold, within torch's own code, where OpenVINO decided a tie otherwise."""
+    """``x`` moved away from the threshold, within torch's own code, where the runtime decided a tie otherwise."""
     step = (x / _steps(module, x).clamp(min=1e-30)).abs() if module.form.scale.numel() > 1 else module.form.scale
     out = x.clone()
     for move in (4 * guard, -4 * guard):
@@ -315,7 +402,12 @@ def _off_tie(module: FrozenActivation, x: Tensor, codes: Tensor, where: Tensor, 
 
 
 def _compare(
-    model: nn.Module, inputs: tuple[Tensor, ...], forced: CutGraph, whole: CutGraph, report: VerifyReport
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    forced: Graph,
+    whole: Graph,
+    report: VerifyReport,
+    target: Target,
 ) -> None:
     calls = _record(model, inputs)
     feed = {name: x.float().contiguous() for name, x in calls.inputs.items()}
@@ -346,7 +438,9 @@ def _compare(
         quantized = torch.from_numpy(end_to_end.quantized[name])
         check.end_to_end += int(_differs(module, quantized, codes[name]).sum())
     if len(calls.outputs) != len(report.outputs):
-        raise ExportError(f"the model has {len(calls.outputs)} outputs in torch and {len(report.outputs)} in the IR")
+        raise ExportError(
+            f"the model has {len(calls.outputs)} outputs in torch and {len(report.outputs)} in the {target.file}"
+        )
     for i, check in enumerate(report.outputs):
         wanted = calls.outputs[i].double().numpy()
         largest = float(np.abs(wanted).max()) if wanted.size else 0.0

@@ -72,7 +72,8 @@ def test_net(bits, tmp_path):
         "stem", "block.full", "block.depthwise", "block.point", "block.grouped", "head"
     }  # fmt: skip
     assert "BatchNormInference" not in operations(path)
-    assert report.openvino == openvino.__version__
+    assert report.versions == {"openvino": openvino.__version__}
+    assert report.to_dict()["openvino"] == openvino.__version__
     assert json.loads(report.to_json())["layers"][0]["name"] == "stem.input"
     assert sorted(os.listdir(tmp_path)) == ["m.bin", "m.xml"]
 
