@@ -28,6 +28,8 @@ _FRAMEWORK = {
     "proxy_class", "tensor_quant", "algorithm", "module", "proxy_module", "tracked_parameter_list", "act_impl",
     "passthrough_act", "dtype", "device", "cache_inference_quant_act",
 }  # fmt: skip
+#: bounds of QuantHardTanh, whose clamp the quantizer takes over
+_BOUNDS = ("min_val", "max_val")
 #: keywords of a layer that reach the quantizer of its activation, which has no prefix of its own
 _LAYER_PREFIXES = ("input_", "output_", "weight_", "bias_", "act_")
 #: activation functions that give nothing negative
@@ -52,7 +54,7 @@ def _read(injector: Any, defaults: dict[str, Any], where: str) -> tuple[type[Alg
     for key in injector.__dependencies__:
         if key in defaults or key in options or key in _FRAMEWORK or key.startswith("__"):
             continue
-        if defaults is ACTIVATION and key.startswith(_LAYER_PREFIXES):
+        if defaults is ACTIVATION and (key.startswith(_LAYER_PREFIXES) or (key in _BOUNDS and _is_hardtanh(injector))):
             continue
         known = sorted({*defaults, *options})
         raise ConfigError(
@@ -63,6 +65,10 @@ def _read(injector: Any, defaults: dict[str, Any], where: str) -> tuple[type[Alg
     params = algorithm.parse_params(given, f"{where}: attributes")
     values = {key: getattr(injector, key) if key in injector else value for key, value in defaults.items()}
     return algorithm, params, values
+
+
+def _is_hardtanh(injector: Any) -> bool:
+    return "act_impl" in injector and isinstance(injector.act_impl, nn.Hardtanh)
 
 
 def _enabled(values: dict[str, Any], where: str) -> bool:
@@ -153,4 +159,5 @@ def build_activation(proxy: Any, injector: Any) -> ActTensorQuant | None:
         signed=signed,
     )
     quantizer = algorithm.make_activation(spec, params)
-    return ActTensorQuant(quantizer, _delay(values["quant_delay_steps"]), steps, ceiling)
+    bounds = (injector.min_val, injector.max_val) if _is_hardtanh(injector) else (None, ceiling)
+    return ActTensorQuant(quantizer, _delay(values["quant_delay_steps"]), steps, bounds)

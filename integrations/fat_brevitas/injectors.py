@@ -65,10 +65,10 @@ def _base(algorithm: type[Algorithm], role: str) -> type:
     if taken:
         raise ConfigError(f"algorithm '{algorithm.name}': its option {taken[0]!r} is an attribute of every quantizer")
     doc = f"{algorithm.title}: {role} quantizer for Brevitas. {algorithm.paper}. Fidelity {algorithm.fidelity}."
-    namespace = {
-        "__module__": __name__, "__doc__": doc, "proxy_class": proxy, "algorithm": algorithm.name, **defaults, **options,
-    }  # fmt: skip
-    return type(ExtendedInjector)(f"{algorithm.__name__}{word}Quant", (ExtendedInjector,), namespace)
+    own = {"__module__": __name__, "__doc__": doc, "proxy_class": proxy, "algorithm": algorithm.name}
+    return type(ExtendedInjector)(
+        f"{algorithm.__name__}{word}Quant", (ExtendedInjector,), {**own, **defaults, **options}
+    )
 
 
 def by_class_name(name: str) -> type | None:

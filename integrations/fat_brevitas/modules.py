@@ -144,7 +144,7 @@ class ActTensorQuant(_Wrapper):
     the quantizer, and ``calibration_mode`` extends that number. The identity (no scale) before.
 
     :param collect_stats_steps: training batches that initialise; each refines what the ones before gave.
-    :param calibration_max: values above are clipped in calibration (ReLU6: 6.0).
+    :param calibration_range: values outside are clipped in calibration (ReLU6: up to 6; Hardtanh: its bounds).
     """
 
     quantizer: ActivationQuantizer
@@ -154,12 +154,12 @@ class ActTensorQuant(_Wrapper):
         quantizer: ActivationQuantizer,
         delay: nn.Module | None = None,
         collect_stats_steps: int = 1,
-        calibration_max: float | None = None,
+        calibration_range: tuple[float | None, float | None] = (None, None),
     ) -> None:
         super().__init__(quantizer, delay)
         self.counter = 0
         self._steps = self._own_steps = collect_stats_steps
-        self.calibration_max = calibration_max
+        self.calibration_range = calibration_range
         #: set by Brevitas's calibration mode: collect, and pass the input on
         self.observer_only = False
 
@@ -190,8 +190,8 @@ class ActTensorQuant(_Wrapper):
         quantizer = self.quantizer
         if self.training and self.counter < self._steps:
             with torch.no_grad():
-                seen = x.detach()
-                quantizer.calibrate(seen if self.calibration_max is None else seen.clamp(max=self.calibration_max))
+                clipped = self.calibration_range != (None, None)
+                quantizer.calibrate(x.detach().clamp(*self.calibration_range) if clipped else x)
             self.counter += 1
         if self.observer_only or not quantizer.calibrated or not quantizer.enabled:
             return x, None, None, None

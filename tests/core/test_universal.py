@@ -53,6 +53,22 @@ def test_every_algorithm_supplies_references():
                 assert (name, role) in REFERENCES, f"add a float64 reference for {name} {role}s to universal.py"
 
 
+@each_weight
+@each_layer
+def test_grid_scale_is_the_scale_of_the_form(case, layer):
+    quantizer, w = case.ready(layer)
+    scale = quantizer.grid_scale(w)
+    assert not scale.requires_grad
+    assert torch.equal(scale, quantizer.freeze(w).form.scale)
+
+
+@each_weight
+def test_whoever_accepts_slices_quantizes_them_alike(case):
+    quantizer, w = case.ready()
+    part = quantizer.eval()(w[:, 1:3])
+    assert torch.equal(part, quantizer(w)[:, 1:3]) or not quantizer.accepts_slices
+
+
 @each_signed
 def test_forward_and_backward_equal_the_float64_reference(case, signed):
     quantizer, x = case.ready(signed=signed)
