@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+import torch.fx
 
 from fat_plugins.errors import HostError
 
@@ -33,6 +36,9 @@ VERSION = brevitas_version()
 if not hasattr(torch.Tensor, "rename"):
     # named tensors left torch in 2.13; Brevitas up to 0.13.0 calls this on every input, only to drop the names
     torch.Tensor.rename = lambda self, *names, **renames: self
+if not hasattr(torch.fx.Node, "_Node__update_args_kwargs"):
+    # newer torch dropped the mangled name, by which Brevitas up to 0.11 calls it when it rewires a graph
+    torch.fx.Node._Node__update_args_kwargs = lambda self, *arguments: self._update_args_kwargs(*arguments)
 
 try:
     import brevitas.config
@@ -55,6 +61,7 @@ __all__ = [
     "QuantTensor",
     "QuantType",
     "WeightQuantProxyFromInjector",
+    "float_checkpoint",
     "ignore_missing_keys",
     "reinit_on_load",
     "value",
@@ -69,3 +76,14 @@ def ignore_missing_keys() -> bool:
 def reinit_on_load() -> bool:
     """Whether Brevitas rebuilds quantizers when a state dict is loaded."""
     return bool(brevitas.config.REINIT_ON_STATE_DICT_LOAD)
+
+
+@contextmanager
+def float_checkpoint() -> Iterator[None]:
+    """Lets a float layer's state dict into a quantized layer while Brevitas replaces the one by the other."""
+    before = brevitas.config.IGNORE_MISSING_KEYS
+    brevitas.config.IGNORE_MISSING_KEYS = True
+    try:
+        yield
+    finally:
+        brevitas.config.IGNORE_MISSING_KEYS = before

@@ -1,0 +1,218 @@
+"""``fat_brevitas.quantize``: a whole float model by the config that NNCF users know."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from brevitas.fx import GraphModule, Node
+from torch import nn
+
+from fat_brevitas.calibration import Batches, calibrate, calibrate_weights, call, device_of, move
+from fat_brevitas.config import Plan, parse_config
+from fat_brevitas.modules import ActTensorQuant, WeightTensorQuant
+from fat_brevitas.placement import Placement, detach_pruned, install, trace
+from fat_plugins.errors import CheckpointError, ConfigError, HostError
+from fat_plugins.quantizer import LayerQuantizers, Quantizer, named_quantizers
+from fat_plugins.registry import get_algorithm
+from fat_plugins.scopes import as_list
+
+#: module that holds coordinators, so that state dicts have them
+COORDINATORS = "fat_plugins_coordinators"
+_FORMAT = 1
+
+
+class QuantizedModel(GraphModule):
+    """A traced model with Brevitas layers, which knows what made it. Parameters keep the paths of the float model."""
+
+    def __init__(self, root: nn.Module, graph: Any, class_name: str = "QuantizedModel") -> None:
+        super().__init__(root, graph, class_name)
+        #: see :func:`compression_state`
+        self.compression_state: dict[str, Any] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedModel:
+        # torch copies only what the graph calls
+        detach_pruned(self)
+        clone = super().__deepcopy__(memo)
+        clone.compression_state = copy.deepcopy(self.compression_state)
+        if COORDINATORS in self._modules:
+            clone.add_module(COORDINATORS, copy.deepcopy(self._modules[COORDINATORS], memo))
+        return clone
+
+
+def quantize(
+    model: nn.Module,
+    config: Mapping[str, Any] | str | Path,
+    calibration: Iterable[Any] | None = None,
+    *,
+    example_input: Any = None,
+    merge_bn: bool = False,
+    equalize: bool = False,
+) -> nn.Module:
+    """Quantize a float model by a config. The model itself stays as it is; the copy that comes back is to be trained.
+
+    Convolutions and linear layers become Brevitas's layers, ReLU and ReLU6 become ``QuantReLU``, other tensors get a
+    ``QuantIdentity``, in the places where NNCF quantizes. Modules keep their paths; an inserted ``QuantIdentity`` is
+    called ``<producer>_quant``. Build the optimizer from the result.
+
+    :param config: a ``compression`` section, a whole NNCF config with one, or the path of a JSON file with either.
+        Scopes are module paths (``"layer1.0"``), ``{re}`` patterns or NNCF's names; an activation is named by what
+        reads it, as on NNCF, or by its producer's own path.
+    :param calibration: a loader or list of batches, tensors or ``(input, target)`` pairs, that initialises activation
+        quantizers and adapts batch norms. ``None``: the first training batch initialises activations, and batch norms
+        stay as they are. Weights are always initialised at once.
+    :param example_input: an input (tensor, tuple or dictionary); the traced model is then checked to give the same
+        output as the model.
+    :param merge_bn: fold batch norms into the layers in front of them, by Brevitas's transform.
+    :param equalize: balance weight ranges across layers, by Brevitas's transform.
+    :return: quantized copy in the mode (training or evaluation) of ``model``.
+    :raises ConfigError: a wrong key or value, a scope that matches nothing, or what only NNCF can do.
+    :raises HostError: the model cannot be traced (it branches on data), or nothing is left to quantize.
+    """
+    plan = parse_config(config)
+    detach_pruned(model)
+    device = device_of(model)
+    batches = None if calibration is None else Batches(calibration, device)
+    traced = trace(model, merge_bn=merge_bn, equalize=equalize)
+    if example_input is not None:
+        _same_output(model, traced.model, move(example_input, device), equal=not (merge_bn or equalize))
+    placement = Placement(traced, plan.config)
+    _unsupported(placement)
+    install(placement)
+    result = QuantizedModel(traced.model, traced.model.graph, type(model).__name__).to(device)
+    if not any(True for _ in named_quantizers(result)):
+        raise HostError("nothing to quantize: the scopes of the config leave no tensor")
+    _add_coordinators(result)
+    if plan.lr_multiplier is not None:
+        for _, quantizer in named_quantizers(result):
+            quantizer.set_lr_multiplier(plan.lr_multiplier)
+    result.compression_state = _state(result, plan, merge_bn)
+    calibrate_weights(result)
+    if batches is not None:
+        calibrate(result, batches, plan)
+    return result.train(model.training)
+
+
+@torch.no_grad()
+def _same_output(model: nn.Module, traced: nn.Module, example: Any, equal: bool) -> None:
+    training = {m: m.training for m in model.modules()}
+    try:
+        wanted, found = (_first_tensor(call(m.eval(), example)) for m in (model, traced))
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    same = torch.equal(wanted, found) if equal else torch.allclose(wanted, found, rtol=1e-3, atol=1e-4)
+    if not same:
+        raise HostError(
+            f"the traced {type(model).__name__} gives another output than the model (its forward depends on data or "
+            "on state that tracing fixes); build it from fat_brevitas's layers instead"
+        )
+
+
+def _first_tensor(value: Any) -> torch.Tensor:
+    while not isinstance(value, torch.Tensor):
+        value = next(iter(value.values())) if isinstance(value, Mapping) else value[0]
+    return value
+
+
+def _unsupported(placement: Placement) -> None:
+    """Layers that stay float: an error when the config names them as targets, else one warning."""
+    traced, config = placement.traced, placement.config
+    left = traced.unsupported()
+    for key, scopes in (
+        ("target_scopes", config.target_scopes),
+        ("weights.target_scopes", config.weights.target_scopes),
+    ):
+        for node in left:
+            if as_list(scopes) and traced.names.matches(scopes, [node.name]):
+                raise ConfigError(f"compression.{key}: {traced.describe(node)} cannot be quantized on Brevitas")
+    left = [n for n in left if n.name not in placement.excluded]
+    if left:
+        names = ", ".join(dict.fromkeys(traced.describe(n) for n in left))
+        warnings.warn(f"these layers have weights that stay float: {names}", UserWarning, stacklevel=3)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# coordinators
+# --------------------------------------------------------------------------------------------------------------------
+def _quantizer_of(module: nn.Module | None) -> Quantizer | None:
+    """The activation quantizer inside a Brevitas activation layer."""
+    found = getattr(getattr(module, "act_quant", None), "act_tensor_quant", None)
+    return found.quantizer if isinstance(found, ActTensorQuant) else None
+
+
+def _add_coordinators(model: QuantizedModel) -> None:
+    layers: dict[str, list[LayerQuantizers]] = {}
+    seen: set[int] = set()
+    algorithm_of = {id(q): type_name for q, type_name in _algorithms(model)}
+    for node in model.graph.nodes:
+        if node.op != "call_module":
+            continue
+        layer = model.get_submodule(node.target)
+        wrapper = getattr(getattr(layer, "weight_quant", None), "tensor_quant", None)
+        if not isinstance(wrapper, WeightTensorQuant) or id(wrapper) in seen:
+            continue
+        seen.add(id(wrapper))
+        weight = wrapper.quantizer
+        name = algorithm_of[id(weight)]
+        before = _input_quantizer(model, node)
+        if before is not None and algorithm_of[id(before)] != name:
+            before = None
+        parameters = dict(layer.named_parameters(recurse=False))
+        own = {f"{node.target}.weight": parameters.get("weight", parameters.get("weight_orig"))}
+        layers.setdefault(name, []).append(LayerQuantizers(node.target, weight, before, own))
+    found = nn.ModuleDict()
+    for name, members in layers.items():
+        coordinator = get_algorithm(name).make_coordinator(members)
+        if coordinator is not None:
+            found[name] = coordinator
+    if found:
+        model.add_module(COORDINATORS, found)
+
+
+def _algorithms(model: nn.Module) -> Iterable[tuple[Quantizer, str]]:
+    for module in model.modules():
+        for proxy in (getattr(module, "weight_quant", None), getattr(module, "act_quant", None)):
+            quantizer = getattr(proxy, "quantizer", None)
+            if isinstance(quantizer, Quantizer):
+                yield quantizer, proxy.quant_injector.algorithm
+
+
+def _input_quantizer(model: QuantizedModel, node: Node) -> Quantizer | None:
+    """The quantizer of a layer's input: the nearest one upstream, through what has a single input."""
+    while len(node.all_input_nodes) >= 1:
+        node = node.all_input_nodes[0]
+        module = model.get_submodule(node.target) if node.op == "call_module" else None
+        found = _quantizer_of(module)
+        if found is not None:
+            return found
+        if hasattr(module, "weight_quant"):
+            return None
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# state
+# --------------------------------------------------------------------------------------------------------------------
+def _state(model: nn.Module, plan: Plan, merge_bn: bool) -> dict[str, Any]:
+    names = [f"{q.role} {q.spec.name}" for _, q in named_quantizers(model)]
+    return {"format": _FORMAT, "compression": plan.section, "merge_bn": merge_bn, "quantizers": names}
+
+
+def rebuild(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
+    """The same quantizers on a fresh float model; load the state dict of the quantized model afterwards.
+
+    :param state: ``compression_state`` of the model that :func:`quantize` gave, in JSON types.
+    :raises CheckpointError: it is no such state, or the model is another one.
+    """
+    if not isinstance(state, Mapping) or state.get("format") != _FORMAT or "compression" not in state:
+        raise CheckpointError("compression_state: this is no state of a model that fat_brevitas quantized")
+    result = quantize(model, state["compression"], merge_bn=bool(state.get("merge_bn")))
+    differing = sorted(set(state.get("quantizers", ())) ^ set(result.compression_state["quantizers"]))
+    if differing:
+        raise CheckpointError(f"compression_state: the model is another one; it differs in {differing[0]!r}")
+    return result
