@@ -32,7 +32,7 @@ _AGNOSTIC_FUNCTIONS = {torch.flatten, torch.reshape, torch.permute, torch.transp
                        torch.chunk, torch.split, torch.max, torch.min, torch.amax, torch.amin, torch.tile, F.dropout,
                        F.pad, operator.getitem, F.max_pool1d, F.max_pool2d, F.max_pool3d}  # fmt: skip
 _AGNOSTIC_METHODS = {"view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "contiguous",
-                     "chunk", "split", "expand", "repeat", "max", "min", "amax", "amin", "t", "detach", "clone"}  # fmt: skip
+                     "chunk", "split", "expand", "repeat", "max", "min", "amax", "amin", "t", "clone"}  # fmt: skip
 # What has integer kernels that need quantized inputs, beside the weighted layers.
 _QUANTIZABLE_MODULES = (nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd, nn.LayerNorm,
                         nn.PixelShuffle)  # fmt: skip
