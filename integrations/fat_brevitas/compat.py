@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -63,6 +64,9 @@ __all__ = [
     "WeightQuantProxyFromInjector",
     "float_checkpoint",
     "ignore_missing_keys",
+    "int_quant_tensor",
+    "loaded_export_managers",
+    "ordered_arguments",
     "reinit_on_load",
     "value",
 ]
@@ -87,3 +91,41 @@ def float_checkpoint() -> Iterator[None]:
         yield
     finally:
         brevitas.config.IGNORE_MISSING_KEYS = before
+
+
+#: Brevitas's export managers that write proxies one by one: module and class
+_EXPORT_MANAGERS = {
+    "qonnx": ("brevitas.export.onnx.qonnx.manager", "QONNXManager"),
+    "onnx_qcdq": ("brevitas.export.onnx.standard.qcdq.manager", "StdQCDQONNXManager"),
+    "torch_qcdq": ("brevitas.export.torch.qcdq.manager", "TorchQCDQManager"),
+    "inference": ("brevitas.export.inference.manager", "InferenceManager"),  # from 0.11 on
+}
+
+
+def loaded_export_managers() -> Iterator[tuple[str, type]]:
+    """Name and class of the export managers that somebody imported. The dynamo variants inherit from these."""
+    for target, (module, name) in _EXPORT_MANAGERS.items():
+        manager = getattr(sys.modules.get(module), name, None)
+        if manager is not None:
+            yield target, manager
+
+
+def int_quant_tensor(
+    value: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bit_width: torch.Tensor, signed: bool
+) -> QuantTensor:
+    """Brevitas's tensor of integers with a scale, in evaluation mode."""
+    import brevitas.quant_tensor
+
+    kind = getattr(brevitas.quant_tensor, "IntQuantTensor", QuantTensor)  # one class for all up to 0.10
+    return kind(value, scale, zero_point, bit_width, signed, False)
+
+
+def ordered_arguments(handler: torch.nn.Module) -> None:
+    """Put the arguments of a stock QONNX handler in the order in which it passes them on.
+
+    0.10.0 swaps ``signed`` and ``narrow_range`` of weights, which nobody sees as long as both are true.
+    """
+    arguments = getattr(handler, "symbolic_kwargs", None) or {}
+    if "narrow_range" in arguments and "signed" in arguments:
+        names = ("scale", "zero_point", "bit_width", "narrow_range", "signed", "rounding_mode")
+        handler.symbolic_kwargs = {name: arguments[name] for name in names}

@@ -19,7 +19,25 @@ def _on_meta(module: nn.Module) -> bool:
     return any(t.is_meta for t in (*module.parameters(), *module.buffers()))
 
 
-class PluginWeightQuantProxy(WeightQuantProxyFromInjector):
+class _Exported:
+    """Registers our export handlers at the moment when an exporter looks for one; no exporter is imported for it."""
+
+    @property
+    def export_handler(self) -> nn.Module | None:
+        """What writes this proxy during an export. Brevitas asks for it before it looks one up."""
+        found = self.__dict__.get("_modules", {}).get("export_handler")
+        if found is None:
+            from fat_brevitas.handlers import register
+
+            register()
+        return found
+
+    @export_handler.setter
+    def export_handler(self, handler: None) -> None:
+        pass  # a handler is a module, which torch stores before it looks for setters
+
+
+class PluginWeightQuantProxy(_Exported, WeightQuantProxyFromInjector):
     """Weight proxy around :class:`~fat_brevitas.modules.WeightTensorQuant`."""
 
     tensor_quant: WeightTensorQuant | None
@@ -111,7 +129,7 @@ class _Fused(nn.Module):
         return self.tensor_quant(self.activation_impl(x))
 
 
-class PluginActQuantProxy(ActQuantProxyFromInjector):
+class PluginActQuantProxy(_Exported, ActQuantProxyFromInjector):
     """Activation proxy around :class:`~fat_brevitas.modules.ActTensorQuant`."""
 
     @property
@@ -187,7 +205,20 @@ class PluginActQuantProxy(ActQuantProxyFromInjector):
                     f"{quantizer.spec.name}: not calibrated, so there is no scale to return: run a training batch or "
                     "Brevitas's calibration_mode first"
                 )
+        if self.export_mode and self.is_quant_enabled and getattr(self.export_handler, "absorbs_activation", False):
+            return self._without_activation(x)
         return super().forward(x)
+
+    def _without_activation(self, x: Any) -> Any:
+        """Thresholds above zero are a ReLU themselves, and FINN has no layer for one in front of them."""
+        fused = self.fused_activation_quant_proxy
+        activation = fused.activation_impl
+        if isinstance(activation, nn.ReLU):
+            fused.activation_impl = nn.Identity()
+        try:
+            return super().forward(x)
+        finally:
+            fused.activation_impl = activation
 
 
 class _Nothing(nn.Module):
