@@ -12,11 +12,41 @@ from typing import Any
 
 from fat_brevitas import injectors, layers
 from fat_brevitas.compat import VERSION as BREVITAS_VERSION
+from fat_brevitas.controller import Controller
+from fat_brevitas.deployed import frozen
+from fat_brevitas.export import (
+    export_onnx,
+    export_openvino,
+    export_qonnx,
+    verify_onnx,
+    verify_openvino,
+    verify_qonnx,
+)
 from fat_brevitas.injectors import act_quant, weight_quant
+from fat_brevitas.model import quantize, rebuild
+from fat_brevitas.training import QuantizationCallback, regularization, set_progress
 from fat_plugins.errors import nearest
 from fat_plugins.quantizer import param_groups
 
-__all__ = ["BREVITAS_VERSION", "act_quant", "param_groups", "weight_quant"]
+__all__ = [
+    "BREVITAS_VERSION",
+    "Controller",
+    "QuantizationCallback",
+    "act_quant",
+    "export_onnx",
+    "export_openvino",
+    "export_qonnx",
+    "frozen",
+    "param_groups",
+    "quantize",
+    "rebuild",
+    "regularization",
+    "set_progress",
+    "verify_onnx",
+    "verify_openvino",
+    "verify_qonnx",
+    "weight_quant",
+]
 
 
 def __getattr__(name: str) -> Any:

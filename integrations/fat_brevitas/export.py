@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fat_brevitas.frozen import frozen
+from fat_brevitas.deployed import frozen
 
 
 def export_openvino(

@@ -1,0 +1,68 @@
+"""What drives quantizers during training in a loop that was written for NNCF's controller."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+from fat_brevitas.training import regularization, set_progress
+from fat_plugins.errors import HostError
+
+
+class Scheduler:
+    """Counts steps and epochs and tells quantizers and coordinators.
+
+    Call :meth:`epoch_step` at the start of each epoch and :meth:`step` at the start of each training step. Both
+    counters
+    are -1 before the first call.
+
+    :ivar total_steps, total_epochs: what the training plans, when known; set them for algorithms whose schedules need
+        an end.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.current_step = self.current_epoch = -1
+        self.total_steps: int | None = None
+        self.total_epochs: int | None = None
+        self.announce()
+
+    def step(self, next_step: int | None = None) -> None:
+        """Begin the next training step (or the one given)."""
+        self.current_step = self.current_step + 1 if next_step is None else int(next_step)
+        self.announce()
+
+    def epoch_step(self, next_epoch: int | None = None) -> None:
+        """Begin the next epoch (or the one given)."""
+        self.current_epoch = self.current_epoch + 1 if next_epoch is None else int(next_epoch)
+        self.announce()
+
+    def announce(self) -> None:
+        """Tell everybody where training stands."""
+        set_progress(
+            self._model, step=max(self.current_step, 0), epoch=max(self.current_epoch, 0),
+            total_steps=self.total_steps, total_epochs=self.total_epochs,
+        )  # fmt: skip
+
+
+class Controller:
+    """The loss and schedule of a model that :func:`fat_brevitas.quantize` gave.
+
+    :raises HostError: another model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if not getattr(model, "compression_state", None):
+            raise HostError(f"{type(model).__name__} was not quantized by fat_brevitas.quantize")
+        self.model = model
+        self.scheduler = Scheduler(model)
+
+    def loss(self) -> Tensor:
+        """What the algorithms add to the training loss: a scalar on the model's device, 0 when they add nothing."""
+        return regularization(self.model)
+
+    def compression_state(self) -> dict[str, Any]:
+        """What rebuilds the model, in JSON types."""
+        return copy.deepcopy(self.model.compression_state)
