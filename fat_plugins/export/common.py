@@ -79,11 +79,11 @@ def with_versions(data: dict[str, Any]) -> dict[str, Any]:
     return {**{k: v for k, v in data.items() if k != "versions"}, **data["versions"]}
 
 
-def warn_of_notes(report: ExportReport) -> None:
+def warn_of_notes(report: ExportReport, depth: int = 3) -> None:
     """One warning, addressed to the caller of the exporter, when something is wider or slower than asked."""
     if report.notes:
         more = f" (and {len(report.notes) - 1} more, see the report's notes)" if len(report.notes) > 1 else ""
-        warnings.warn(f"{report.notes[0]}{more}", stacklevel=3)
+        warnings.warn(f"{report.notes[0]}{more}", stacklevel=depth)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,235 @@
+"""QONNX of a frozen model, for FINN and every other reader of ``Quant``, ``BipolarQuant`` and ``MultiThreshold``.
+
+Weights are constants that hold the quantized values already, so a reader that quantizes them once more changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fat_plugins.errors import ExportError
+from fat_plugins.export import _onnx
+from fat_plugins.export._onnx import Entry, Grid, channel_view
+from fat_plugins.export._onnx_graph import Graph, ModelFile, Runner, load, need, onnx
+from fat_plugins.export._onnx_graph import execute as _execute
+from fat_plugins.export.common import ExportReport, first_line, largest_below
+from fat_plugins.export.verify import VerifyReport, compare
+from fat_plugins.forms import Codebook, Form, UniformGrid
+
+_DOMAIN = "qonnx.custom_op.general"
+#: FINN takes neither of them in front of an unsigned quantizer
+_CLIP = "a Clip stays in front of it, which FINN does not take"
+
+
+def export(
+    frozen_model: nn.Module, path: str | os.PathLike, example_input: Any, *, dynamic_batch: bool = True
+) -> ExportReport:
+    """Write ``path`` (``.onnx``).
+
+    :param frozen_model: a model whose quantizers are :class:`~fat_plugins.frozen.FrozenWeight` and
+        :class:`~fat_plugins.frozen.FrozenActivation`; it is put into evaluation mode.
+    :param example_input: a float tensor, or a tuple of tensors, one per input.
+    :param dynamic_batch: leave the first dimension of every input open; FINN wants ``False`` and a batch of 1.
+    :raises ExportError: onnx is missing, the path cannot be written, a quantizer is uncalibrated or unfit, or torch
+        cannot export the model. No file is touched then.
+    """
+    return _onnx.write(_QONNX(), frozen_model, path, example_input, dynamic_batch)
+
+
+def verify(frozen_model: nn.Module, path: str | os.PathLike, inputs: Any, *, tie_guard: float = 1e-4) -> VerifyReport:
+    """Compare a frozen torch model with the file that :func:`export` wrote, executed by qonnx.
+
+    :param inputs, tie_guard: as in :func:`fat_plugins.export.verify.verify`.
+    :raises ExportError: qonnx is missing, unreadable file, a file of another model, or inputs that it refuses.
+    """
+    need("qonnx.core.onnx_exec")
+    versions = {name: version(name) for name in ("qonnx", "onnxruntime")}
+    target = ModelFile(path, "qonnx", versions, _runner, _integers)
+    return compare(frozen_model, target, path, inputs, tie_guard)
+
+
+def execute(path: str | os.PathLike, inputs: list[np.ndarray]) -> list[np.ndarray]:
+    """Outputs of a file for one batch, executed by qonnx.
+
+    :param inputs: float32 arrays, one per input.
+    :raises ExportError: qonnx is missing, unreadable file, or inputs that it refuses.
+    """
+    need("qonnx.core.onnx_exec")
+    return _execute(load(path), inputs, _runner, "qonnx")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# writing
+# --------------------------------------------------------------------------------------------------------------------
+class _QONNX:
+    """See :class:`fat_plugins.export._onnx.Dialect`."""
+
+    name, opset = "QONNX", 13
+    domains = {_DOMAIN: 1}
+
+    def prepare(self, graph: Graph, entries: list[Entry]) -> None:
+        """A Clip whose upper end no quantizer behind it can see becomes the ReLU that FINN takes."""
+        by_tensor = {e.node.output[0]: e for e in entries if e.kind == "activation"}
+        for node in [n for n in graph.nodes if n.op_type == "Clip" and len(n.input) == 3]:
+            low, high = (graph.value(name) for name in node.input[1:])
+            behind = [by_tensor.get(n.output[0]) for n, _ in graph.readers(node.output[0])]
+            if low is None or high is None or float(low) != 0 or not any(behind):
+                continue
+            if (
+                all(e and _saturates(e.module.form, float(high)) for e in behind)
+                and node.output[0] not in graph.output_names
+            ):
+                node.op_type = "Relu"
+                del node.input[1:], node.attribute[:]
+            else:
+                for entry in filter(None, behind):
+                    entry.notes.append(_CLIP)
+
+    def storage(self, form: UniformGrid | Codebook) -> tuple[str, int]:
+        """QONNX has floats only; the width of the integers is an input of the node."""
+        return "f32", 32
+
+    def weight(self, graph: Graph, grid: Grid, name: str) -> str:
+        """``Quant`` on quantized values, ``BipolarQuant`` where these are plus and minus one scale."""
+        if not bool((grid.scale > 0).all()):
+            raise ExportError(f"{name}: the scale of a weight must be positive in QONNX, got {grid.scale.min():.3g}")
+        form, view = grid.form, grid.view
+        out = graph.fresh(name)
+        constant = graph.constant(f"{name}.values", grid.integers.astype(np.float32) * view)
+        scale = graph.constant(f"{name}.scale", view)
+        graph.describe(out, shape=grid.integers.shape)
+        if isinstance(form, Codebook) and form.levels.tolist() == [-1, 1]:
+            graph.add("BipolarQuant", [constant, scale], out, out, domain=_DOMAIN)
+            return out
+        low, high = (
+            (form.low, form.high) if isinstance(form, UniformGrid) else (int(form.levels[0]), int(form.levels[-1]))
+        )
+        narrow = isinstance(form, Codebook) or form.narrow
+        _quant(graph, constant, scale, out, name, _container(low, high, form.bits, narrow))
+        return out
+
+    def activation(self, graph: Graph, form: Form, source: str, out: str, entry: Entry) -> list[Any]:
+        """``Quant`` for a uniform grid; ``MultiThreshold``, Add and Mul for any other steps."""
+        rank = graph.rank(out)
+        if form.scale.numel() > 1:
+            entry.notes.append("one scale per channel, which FINN does not take behind an activation")
+            if rank is None or (rank not in (2, 4) and not isinstance(form, UniformGrid)):
+                raise ExportError(
+                    f"{entry.name}: thresholds per channel need a tensor of 2 or 4 dimensions, got {rank}"
+                )
+        scale = form.scale.detach().cpu().float().numpy()
+        view = channel_view(scale, rank or 1, form.channel_axis)
+        name = entry.name
+        if isinstance(form, UniformGrid):
+            where = graph.constant(f"{name}.scale", view)
+            bits = _container(form.low, form.high, form.bits, form.narrow)
+            return [_quant(graph, source, where, out, name, bits)]
+        return [_steps(graph, form, scale, view, source, out, name)]
+
+
+def _saturates(form: Form, value: float) -> bool:
+    """Whether ``value`` has the last code, so that nothing above it can have another one."""
+    probe = torch.full((1,) * max(2, form.channel_axis + 1), value)
+    lowest = form.low if isinstance(form, UniformGrid) else int(form.levels[0])
+    last = form.high if isinstance(form, UniformGrid) else form.levels.numel() - 1
+    return form.scale.numel() == 1 and lowest == 0 and int(form.encode(probe)) == last
+
+
+def _container(low: int, high: int, bits: int, narrow: bool) -> tuple[int, bool, bool]:
+    """Bits, sign and narrow range of the smallest integer that has ``low .. high``, at least ``bits`` wide.
+
+    A signed integer of one bit means -1 and +1 to QONNX, so a grid of -1 and 0 takes two bits.
+    """
+    if low >= 0:
+        bits = max(bits, high.bit_length(), 1)
+        return bits, False, narrow and high < 2**bits - 1 and bits > 1 and high == 2**bits - 2
+    while -(2 ** (bits - 1)) > low or 2 ** (bits - 1) - 1 < high or bits < 2:
+        bits += 1
+    return bits, True, narrow and low > -(2 ** (bits - 1))
+
+
+def _quant(graph: Graph, source: str, scale: str, out: str, name: str, container: tuple[int, bool, bool]) -> Any:
+    bits, signed, narrow = container
+    inputs = [source, scale, graph.constant(f"{name}.zero_point", 0.0), graph.constant(f"{name}.bits", float(bits))]
+    how = {"signed": int(signed), "narrow": int(narrow), "rounding_mode": "ROUND"}
+    return graph.add("Quant", inputs, out, graph.fresh(f"{name}.quant"), domain=_DOMAIN, **how)
+
+
+def _steps(graph: Graph, form: Any, scale: np.ndarray, view: np.ndarray, source: str, out: str, name: str) -> Any:
+    """Count thresholds, add the lowest level, multiply by the scale. A step of several levels repeats its threshold."""
+    levels, scale = form.levels.detach().cpu().numpy(), scale.reshape(-1)
+    # the smallest number above the threshold, since MultiThreshold counts those that are equal as well
+    above = [np.nextafter(largest_below(t, scale), np.float32(np.inf)) for t in form.thresholds.cpu().double().tolist()]
+    table = np.repeat(np.stack(above, axis=1), np.diff(levels), axis=1)
+    count = int(levels[-1] - levels[0])
+    total = out if levels[0] == 0 and bool((scale == 1).all()) else graph.fresh(f"{name}.count")
+    table = graph.constant(f"{name}.thresholds", table)
+    how = {"out_dtype": "BINARY" if count == 1 else f"UINT{count.bit_length()}", "out_scale": 1.0, "out_bias": 0.0}
+    node = graph.fresh(f"{name}.threshold")
+    first = graph.add("MultiThreshold", [source, table], total, node, like=out, domain=_DOMAIN, **how)
+    if levels[0] != 0:
+        lowest = graph.constant(f"{name}.lowest", float(levels[0]))
+        shifted = graph.fresh(f"{name}.level")
+        graph.add("Add", [total, lowest], shifted, shifted, like=out)
+        total = shifted
+    if total != out:
+        graph.add("Mul", [total, graph.constant(f"{name}.scale", view)], out, graph.fresh(f"{name}.scaled"))
+    return first
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# execution
+# --------------------------------------------------------------------------------------------------------------------
+def _runner(proto: Any) -> Runner:
+    """qonnx wants every shape: the graph is completed for each new shape of its inputs."""
+    need("qonnx.core.onnx_exec")
+    from qonnx.core.modelwrapper import ModelWrapper
+    from qonnx.core.onnx_exec import execute_onnx
+    from qonnx.transformation.infer_shapes import InferShapes
+
+    ready: dict[tuple, Any] = {}
+
+    def run(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        key = tuple((name, value.shape) for name, value in feeds.items())
+        try:
+            if key not in ready:
+                ready.clear()
+                # no cleanup: qonnx 0.4 drops nodes that stand alone between an input and an output
+                ready[key] = ModelWrapper(_with_shapes(proto, feeds)).transform(InferShapes(), cleanup=False)
+            return execute_onnx(ready[key], feeds)
+        except Exception as error:
+            raise ExportError(f"qonnx refuses the inputs: {first_line(error)}") from error
+
+    return run
+
+
+def _with_shapes(proto: Any, feeds: dict[str, np.ndarray]) -> Any:
+    """A copy whose inputs have the shapes of ``feeds`` and that says nothing about any other tensor."""
+    copy, helper = onnx().ModelProto(), onnx().helper
+    copy.CopyFrom(proto)
+    del copy.graph.value_info[:]
+    for place in copy.graph.input:
+        kind = place.type.tensor_type.elem_type
+        expected = [d.dim_value for d in place.type.tensor_type.shape.dim]
+        given = feeds[place.name].shape
+        if expected and (
+            len(expected) != len(given) or any(e and e != g for e, g in zip(expected, given, strict=False))
+        ):
+            raise ExportError(f"input {place.name!r} has the shape {list(given)}; allowed: {expected} (0 is any)")
+        place.CopyFrom(helper.make_tensor_value_info(place.name, kind, given))
+    for place in copy.graph.output:
+        place.type.tensor_type.ClearField("shape")
+    return copy
+
+
+def _integers(graph: Graph, tensor: str, values: np.ndarray) -> np.ndarray:
+    """Integers of a weight: its executed values by the scale that stands in the file."""
+    node = next(n for n in graph.nodes if tensor in n.output)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.rint(values / graph.value(node.input[1]))
