@@ -24,6 +24,7 @@ from fat_brevitas.export import (
 )
 from fat_brevitas.injectors import act_quant, weight_quant
 from fat_brevitas.model import quantize, rebuild
+from fat_brevitas.stock import freeze
 from fat_brevitas.training import QuantizationCallback, regularization, set_progress
 from fat_plugins.errors import nearest
 from fat_plugins.quantizer import param_groups
@@ -36,6 +37,7 @@ __all__ = [
     "export_onnx",
     "export_openvino",
     "export_qonnx",
+    "freeze",
     "frozen",
     "param_groups",
     "quantize",

@@ -51,11 +51,15 @@ try:
 except ImportError as error:
     raise HostError(f"brevitas {'.'.join(map(str, VERSION))} cannot be imported: {error}") from error
 
+#: the QONNX export of stock weights swaps "signed" and "narrow", so that only signed narrow ones come out right
+SWAPPED_EXPORT = VERSION < (0, 10, 3)
+
 #: from 0.11 on a disabled quantizer gives a plain tensor; before, an empty QuantTensor
 PLAIN_WHEN_DISABLED = VERSION >= (0, 11)
 
 __all__ = [
     "PLAIN_WHEN_DISABLED",
+    "SWAPPED_EXPORT",
     "VERSION",
     "ActQuantProxyFromInjector",
     "ExtendedInjector",
@@ -63,9 +67,13 @@ __all__ = [
     "QuantType",
     "WeightQuantProxyFromInjector",
     "float_checkpoint",
+    "frozen_act_quant",
+    "frozen_weight_quant",
     "ignore_missing_keys",
     "int_quant_tensor",
     "loaded_export_managers",
+    "no_act_quant",
+    "no_weight_quant",
     "ordered_arguments",
     "reinit_on_load",
     "value",
@@ -123,9 +131,54 @@ def int_quant_tensor(
 def ordered_arguments(handler: torch.nn.Module) -> None:
     """Put the arguments of a stock QONNX handler in the order in which it passes them on.
 
-    0.10.0 swaps ``signed`` and ``narrow_range`` of weights, which nobody sees as long as both are true.
+    See :data:`SWAPPED_EXPORT`.
     """
     arguments = getattr(handler, "symbolic_kwargs", None) or {}
     if "narrow_range" in arguments and "signed" in arguments:
         names = ("scale", "zero_point", "bit_width", "narrow_range", "signed", "rounding_mode")
         handler.symbolic_kwargs = {name: arguments[name] for name in names}
+
+
+def no_weight_quant() -> type:
+    """Brevitas's own quantizer that does nothing to a weight."""
+    from brevitas.quant.none import NoneWeightQuant
+
+    return NoneWeightQuant
+
+
+def no_act_quant() -> type:
+    """Brevitas's own quantizer that does nothing to an activation."""
+    from brevitas.quant.none import NoneActQuant
+
+    return NoneActQuant
+
+
+def _fixed_scale(stock: type, scale: torch.Tensor, **attributes: object) -> type:
+    """A stock quantizer whose scale is given, not derived from a range.
+
+    An integer threshold of 1 makes it exactly ``scale``; Brevitas otherwise computes ``(7 * scale) / 7``, which may be
+    the neighbouring number.
+    """
+    from brevitas.core.utils import SingleArgStatelessBuffer
+
+    fixed = {"scaling_impl_type": "parameter", "scaling_init": scale.clone(), "scaling_shape": tuple(scale.shape)}
+    return stock.let(**fixed, scaling_min_val=None, int_scaling_impl=SingleArgStatelessBuffer(1.0), **attributes)
+
+
+def frozen_weight_quant(scale: torch.Tensor, bits: int, narrow: bool) -> type:
+    """A stock Brevitas weight quantizer with a scale of a shape that broadcasts to the weight; 1 bit is -1 and +1."""
+    from brevitas.quant.binary import SignedBinaryWeightPerTensorConst
+    from brevitas.quant.scaled_int import Int8WeightPerChannelFloat, Int8WeightPerTensorFloat
+
+    if bits == 1:
+        return _fixed_scale(SignedBinaryWeightPerTensorConst, scale, scaling_per_output_channel=scale.ndim > 0)
+    stock = Int8WeightPerChannelFloat if scale.ndim else Int8WeightPerTensorFloat
+    return _fixed_scale(stock, scale, bit_width=bits, narrow_range=narrow)
+
+
+def frozen_act_quant(scale: torch.Tensor, bits: int, signed: bool, narrow: bool) -> type:
+    """A stock Brevitas activation quantizer with a scalar scale."""
+    from brevitas.quant.scaled_int import Int8ActPerTensorFloat, Uint8ActPerTensorFloat
+
+    stock = Int8ActPerTensorFloat if signed else Uint8ActPerTensorFloat
+    return _fixed_scale(stock, scale, bit_width=bits, narrow_range=narrow)

@@ -36,7 +36,7 @@ def layer_class(algorithm: str, kind: str) -> type:
     title = algorithms()[algorithm].title
     name = f"{algorithms()[algorithm].__name__}{kind}"
     doc = f"``brevitas.nn.{base.__name__}`` with the weights quantized by {title}; takes all its arguments."
-    namespace = {"__init__": __init__, "__doc__": doc, "__module__": __name__}
+    namespace = {"__init__": __init__, "__doc__": doc, "__module__": __name__, "brevitas_class": base}
     made = type(name, (base,), namespace)
     made.__init__.__signature__ = signature
     return made
