@@ -180,11 +180,22 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...], opset: int, dynamic_bat
     try:
         with torch.no_grad(), warnings.catch_warnings(), _symbolics(opset), _call_names(model):
             warnings.simplefilter("ignore")  # the tracer's remarks on shapes are no business of the user
-            torch.onnx.export(model, inputs, buffer, **options)
+            torch.onnx.export(_Plain(model) if hasattr(model, "graph") else model, inputs, buffer, **options)
         proto = onnx().load_model_from_string(buffer.getvalue())
     except Exception as error:
         raise ExportError(f"torch cannot export the model to ONNX: {first_line(error)}") from error
     return proto
+
+
+class _Plain(nn.Module):
+    """Around a torch.fx module, whose ``graph`` torch's exporter would take for one of TorchScript."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.model(*inputs)
 
 
 @contextmanager
