@@ -10,6 +10,7 @@ import fat_brevitas
 import numpy as np
 import pytest
 import torch
+from fat_brevitas.modules import container_of
 from torch import Tensor, nn
 
 from fat_plugins import algorithms, registry
@@ -34,24 +35,30 @@ each_algorithm = pytest.mark.parametrize(("algorithm", "bits", "per_channel"), F
 
 
 class Chain(nn.Module):
-    """Three weighted layers between quantized activations; what comes out is codes of ``out`` times its scale."""
+    """Three weighted layers between quantized activations; what comes out is codes of ``out`` times its scale.
 
-    def __init__(self, algorithm: str, bits: int, per_channel: bool = False, act: str | type | None = None, **options):
+    :param act: quantizer class of the activations, the last one included (else the algorithm's, and 8 bits at the end).
+    """
+
+    def __init__(self, algorithm: str, bits: int, per_channel: bool = False, act: type | None = None, **options):
         super().__init__()
         weight = fat_brevitas.weight_quant(algorithm, bit_width=bits, scaling_per_output_channel=per_channel, **options)
-        made = act if isinstance(act, type) else fat_brevitas.act_quant(act or algorithm, bit_width=bits)
-        self.inp = qnn.QuantIdentity(act_quant=fat_brevitas.act_quant("minmax", bit_width=8))
+        made = fat_brevitas.act_quant(algorithm, bit_width=bits) if act is None else act
+        plain = fat_brevitas.act_quant("minmax", bit_width=8)
+        self.inp = qnn.QuantIdentity(act_quant=plain)
         self.conv1 = qnn.QuantConv2d(3, 6, 3, bias=False, weight_quant=weight)
-        self.bn = nn.BatchNorm2d(6)
+        self.bn1, self.bn2 = nn.BatchNorm2d(6, momentum=1.0), nn.BatchNorm2d(4, momentum=1.0)
+        for norm in (self.bn1, self.bn2):  # wide enough for a clip that starts at 10
+            nn.init.constant_(norm.weight, 8.0)
         self.act1 = qnn.QuantReLU(act_quant=made)
         self.conv2 = qnn.QuantConv2d(6, 4, 3, groups=2, weight_quant=weight)
         self.act2 = qnn.QuantReLU(act_quant=made)
         self.fc = qnn.QuantLinear(64, 4, bias=False, weight_quant=weight)
-        self.out = qnn.QuantIdentity(act_quant=made)
+        self.out = qnn.QuantIdentity(act_quant=plain if act is None else made)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act1(self.bn(self.conv1(self.inp(x))))
-        return self.out(self.fc(self.act2(self.conv2(x)).flatten(1)))
+        x = self.act1(self.bn1(self.conv1(self.inp(x))))
+        return self.out(self.fc(self.act2(self.bn2(self.conv2(x))).flatten(1)))
 
 
 def example(*shape: int) -> Tensor:
@@ -70,11 +77,22 @@ def chain(algorithm: str, bits: int = 3, per_channel: bool = False, **keywords) 
     """A calibrated :class:`Chain` and an input."""
     torch.manual_seed(1)
     x = example()
-    return calibrated(Chain(algorithm, bits, per_channel, **keywords), x), x
+    model = calibrated(Chain(algorithm, bits, per_channel, **keywords), x)
+    if "act" not in keywords:
+        # low-bit layers give few values: with the largest at the end of the grid, others would be exact ties
+        bound = 1.0371 * float(model(x).detach().abs().max())
+        model.out.act_quant.quantizer.calibrate_range(-bound, bound)
+    return model, x
 
 
 #: ONNX operators that may stand beside quantizers
 STANDARD = {"Conv", "ConvTranspose", "BatchNormalization", "Relu", "Flatten", "Reshape", "MatMul", "Gemm", "Transpose"}
+
+
+def widths(model: nn.Module) -> list[int]:
+    """Width of the plain integer type of every layer's weight; that of an algorithm's grid of odd levels is wider."""
+    layers = (m for m in model.modules() if hasattr(m, "quant_weight"))
+    return [container_of(m.weight_quant.freeze(m.weight).form).bits for m in layers]
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from brevitas_exports import (
     test_algorithms,  # noqa: F401
     torch_weights,
     weight_types,
+    widths,
 )
 from brevitas_nets import build, each_layer
 from torch import nn
@@ -60,6 +61,7 @@ def test_qonnx_gives_the_codes_of_torch(algorithm, bits, per_channel, tmp_path):
         fits = written.shape == tuple(trained.shape)
         np.testing.assert_array_equal(written if fits else written.T, trained.numpy())
     assert set(operators(file)) <= {"Quant", *STANDARD} and operators(file)["Quant"] == 7
+    assert weight_types(file) == [f"INT{n}" for n in widths(model)]
     intact(model, x, y)
 
 
@@ -82,7 +84,7 @@ def test_dynamo(algorithm, bits, per_channel, tmp_path):
 
 
 def test_power_of_two_weights(tmp_path):
-    model, x = chain("fat", 4, act="fat", levels="power_of_two")
+    model, x = chain("fat", 4, levels="power_of_two")
     file = load(export_qonnx(model, x, tmp_path / "m.onnx"))
     same_codes(execute(file, x), model(x), float(model.out.act_quant.scale()))
     scale = float(model.conv1.weight_quant.scale())
@@ -255,6 +257,10 @@ def test_onnx_qcdq_in_onnx_runtime(algorithm, bits, per_channel, tmp_path):
 
     model, x = chain(algorithm, bits, per_channel)
     scale, path = float(model.out.act_quant.scale()), str(tmp_path / "m.onnx")
+    if max(widths(model)) > 8:
+        with pytest.raises(ExportError, match=r"^conv1: .*need 9 bits and 8 is the most"):
+            export_onnx_qcdq(model, x, path, dynamo=False, opset_version=13)
+        return
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
