@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from references import fat_activation, fat_weight, lsq, minmax_weight
+from references import bitat_activation, bitat_weight, fat_activation, fat_weight, lsq, minmax_weight
 
 from fat_plugins import ConfigError, TensorSpec, algorithms, get_algorithm
 
@@ -36,6 +36,7 @@ CONV = LAYERS[0]
 
 #: parameter sets to exercise, beside the defaults
 OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "bitat": [{}, {"alpha": "mean_abs"}],
     "fat": [
         {},
         {"levels": "power_of_two"},
@@ -49,7 +50,9 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
 }
 #: these keep tensors of their own transformation for the backward
 TRANSFORMS_WEIGHTS = {"fat"}
-BITS = (2, 3, 4, 8)
+#: activations have values of their own, whatever the range of the input
+FIXED_VALUES = {"bitat"}
+BITS = (1, 2, 3, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Case:
         return OPTIONS.get(self.algorithm, [{}])[self.options]
 
     def spec(self, layer: Layer = CONV, **changes) -> TensorSpec:
-        values = dict(role=self.role, bits=self.bits, name="layer", per_channel=self.per_channel)
+        values = dict(role=self.role, bits=self.bits, name="layer", per_channel=self.per_channel, channel_axis=1)
         if self.role == "weight":
             values.update(shape=layer.shape, channel_axis=layer.axis, followed_by_norm=True)
         return TensorSpec(**{**values, **changes})
@@ -98,14 +101,19 @@ def sample(shape, role: str = "weight", signed: bool = True, seed: int = 0) -> t
 
 
 def cases(role: str | None = None, bits=BITS) -> list[Case]:
-    """Every algorithm x options x bits x granularity that the algorithm itself allows."""
+    """Every algorithm x options x bits x granularity that the algorithm itself allows.
+
+    An algorithm that knows none of ``bits`` comes with its own width that is nearest to the first.
+    """
     found = []
     for name, algorithm in algorithms().items():
         for option in range(len(OPTIONS.get(name, [{}]))):
             for r in ("weight", "activation"):
                 if role not in (None, r):
                     continue
-                for b in bits:
+                low, high = getattr(algorithm, f"{r}_bits")
+                own = [b for b in bits if low <= b <= high] or [min(max(bits[0], low), high)]
+                for b in own:
                     for per_channel in (None, True) if r == "weight" else (None,):
                         case = Case(name, option, b, r, per_channel)
                         try:
@@ -181,7 +189,23 @@ def _minmax_activation(quantizer, x, grad):
     return r["vq"], grad * inside, {}
 
 
+def _bitat_weight(quantizer, x, grad):
+    axis, learned = quantizer.spec.channel_axis, quantizer.params.alpha == "learned"
+    rows = np.moveaxis(x, axis, 0)
+    mean = np.abs(rows).reshape(len(rows), -1).mean(1)
+    r = bitat_weight(rows, quantizer.alpha.detach().numpy() if learned else mean, np.moveaxis(grad, axis, 0))
+    gradients = {"alpha": r["dalpha"]} if learned else {}
+    return np.moveaxis(r["what"], 0, axis), np.moveaxis(r["dtheta"], 0, axis), gradients
+
+
+def _bitat_activation(quantizer, x, grad):
+    r = bitat_activation(x, quantizer.beta.detach().numpy(), grad)
+    return r["xhat"], r["dx"], {"beta": r["dbeta"]}
+
+
 REFERENCES = {
+    ("bitat", "weight"): _bitat_weight,
+    ("bitat", "activation"): _bitat_activation,
     ("fat", "weight"): _fat_weight,
     ("fat", "activation"): _fat_activation,
     ("lsq", "weight"): _lsq_weight,

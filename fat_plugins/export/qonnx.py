@@ -18,7 +18,7 @@ from fat_plugins.export import _onnx
 from fat_plugins.export._onnx import Entry, Grid, channel_view
 from fat_plugins.export._onnx_graph import Graph, ModelFile, Runner, load, need, onnx
 from fat_plugins.export._onnx_graph import execute as _execute
-from fat_plugins.export.common import ExportReport, first_line, largest_below
+from fat_plugins.export.common import ExportReport, first_line, threshold_table
 from fat_plugins.export.verify import VerifyReport, compare
 from fat_plugins.forms import Codebook, Form, UniformGrid
 
@@ -119,10 +119,8 @@ class _QONNX:
         rank = graph.rank(out)
         if form.scale.numel() > 1:
             entry.notes.append("one scale per channel, which FINN does not take behind an activation")
-            if rank is None or (rank not in (2, 4) and not isinstance(form, UniformGrid)):
-                raise ExportError(
-                    f"{entry.name}: thresholds per channel need a tensor of 2 or 4 dimensions, got {rank}"
-                )
+        if not isinstance(form, UniformGrid) and form.channels > 1 and rank not in (2, 4):
+            raise ExportError(f"{entry.name}: thresholds per channel need a tensor of 2 or 4 dimensions, got {rank}")
         scale = form.scale.detach().cpu().float().numpy()
         view = channel_view(scale, rank or 1, form.channel_axis)
         name = entry.name
@@ -165,8 +163,7 @@ def _steps(graph: Graph, form: Any, scale: np.ndarray, view: np.ndarray, source:
     """Count thresholds, add the lowest level, multiply by the scale. A step of several levels repeats its threshold."""
     levels, scale = form.levels.detach().cpu().numpy(), scale.reshape(-1)
     # the smallest number above the threshold, since MultiThreshold counts those that are equal as well
-    above = [np.nextafter(largest_below(t, scale), np.float32(np.inf)) for t in form.thresholds.cpu().double().tolist()]
-    table = np.repeat(np.stack(above, axis=1), np.diff(levels), axis=1)
+    table = np.repeat(np.nextafter(threshold_table(form), np.float32(np.inf)), np.diff(levels), axis=1)
     count = int(levels[-1] - levels[0])
     total = out if levels[0] == 0 and bool((scale == 1).all()) else graph.fresh(f"{name}.count")
     table = graph.constant(f"{name}.thresholds", table)

@@ -12,7 +12,7 @@ import torch
 from brevitas.fx import GraphModule, Node
 from torch import nn
 
-from fat_brevitas.calibration import Batches, calibrate, calibrate_weights, call, device_of, move
+from fat_brevitas.calibration import Batches, Pass, calibrate, calibrate_weights, call, device_of, move
 from fat_brevitas.config import Plan, parse_config
 from fat_brevitas.modules import ActTensorQuant, WeightTensorQuant
 from fat_brevitas.placement import Placement, detach_pruned, install, trace
@@ -86,7 +86,7 @@ def quantize(
     result = QuantizedModel(traced.model, traced.model.graph, type(model).__name__).to(device)
     if not any(True for _ in named_quantizers(result)):
         raise HostError("nothing to quantize: the scopes of the config leave no tensor")
-    _add_coordinators(result)
+    _add_coordinators(result, batches)
     if plan.lr_multiplier is not None:
         for _, quantizer in named_quantizers(result):
             quantizer.set_lr_multiplier(plan.lr_multiplier)
@@ -145,7 +145,7 @@ def _quantizer_of(module: nn.Module | None) -> Quantizer | None:
     return found.quantizer if isinstance(found, ActTensorQuant) else None
 
 
-def _add_coordinators(model: QuantizedModel) -> None:
+def _add_coordinators(model: QuantizedModel, batches: Batches | None) -> None:
     layers: dict[str, list[LayerQuantizers]] = {}
     seen: set[int] = set()
     algorithm_of = {id(q): type_name for q, type_name in _algorithms(model)}
@@ -164,12 +164,15 @@ def _add_coordinators(model: QuantizedModel) -> None:
             before = None
         parameters = dict(layer.named_parameters(recurse=False))
         own = {f"{node.target}.weight": parameters.get("weight", parameters.get("weight_orig"))}
+        own |= {f"{node.target}.bias": parameters["bias"]} if parameters.get("bias") is not None else {}
         layers.setdefault(name, []).append(LayerQuantizers(node.target, weight, before, own))
     found = nn.ModuleDict()
     for name, members in layers.items():
         coordinator = get_algorithm(name).make_coordinator(members)
         if coordinator is not None:
-            found[name] = coordinator
+            found[name] = coordinator.to(device_of(model)).train(model.training)
+            if batches is not None:
+                coordinator.set_calibration(Pass(model, batches))
     if found:
         model.add_module(COORDINATORS, found)
 
