@@ -159,9 +159,22 @@ def _quant(graph: Graph, source: str, scale: str, out: str, name: str, container
     return graph.add("Quant", inputs, out, graph.fresh(f"{name}.quant"), domain=_DOMAIN, **how)
 
 
+def _signs(graph: Graph, form: Any, source: str, out: str, name: str) -> Any:
+    """``BipolarQuant`` (x >= 0 gives +1) behind a shift, which FINN folds into its thresholds."""
+    reached = np.nextafter(threshold_table(form), np.float32(np.inf))[:, 0]
+    shift = graph.constant(f"{name}.shift", channel_view(-reached, graph.rank(out) or 1, form.channel_axis))
+    shifted = graph.fresh(f"{name}.shifted")
+    first = graph.add("Add", [source, shift], shifted, shifted, like=out)
+    one = graph.constant(f"{name}.scale", 1.0)
+    graph.add("BipolarQuant", [shifted, one], out, graph.fresh(f"{name}.sign"), domain=_DOMAIN)
+    return first
+
+
 def _steps(graph: Graph, form: Any, scale: np.ndarray, view: np.ndarray, source: str, out: str, name: str) -> Any:
     """Count thresholds, add the lowest level, multiply by the scale. A step of several levels repeats its threshold."""
     levels, scale = form.levels.detach().cpu().numpy(), scale.reshape(-1)
+    if levels.tolist() == [-1, 1] and scale.tolist() == [1]:
+        return _signs(graph, form, source, out, name)
     # the smallest number above the threshold, since MultiThreshold counts those that are equal as well
     table = np.repeat(np.nextafter(threshold_table(form), np.float32(np.inf)), np.diff(levels), axis=1)
     count = int(levels[-1] - levels[0])

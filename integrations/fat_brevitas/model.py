@@ -17,7 +17,7 @@ from fat_brevitas.config import Plan, parse_config
 from fat_brevitas.modules import ActTensorQuant, WeightTensorQuant
 from fat_brevitas.placement import Placement, detach_pruned, install, trace
 from fat_plugins.errors import CheckpointError, ConfigError, HostError
-from fat_plugins.quantizer import LayerQuantizers, Quantizer, named_quantizers
+from fat_plugins.quantizer import LayerQuantizers, Quantizer, coordinators, named_quantizers
 from fat_plugins.registry import get_algorithm
 from fat_plugins.scopes import as_list
 
@@ -206,15 +206,19 @@ def _state(model: nn.Module, plan: Plan, merge_bn: bool) -> dict[str, Any]:
     return {"format": _FORMAT, "compression": plan.section, "merge_bn": merge_bn, "quantizers": names}
 
 
-def rebuild(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
+def rebuild(model: nn.Module, state: Mapping[str, Any], calibration: Iterable[Any] | None = None) -> nn.Module:
     """The same quantizers on a fresh float model; load the state dict of the quantized model afterwards.
 
     :param state: ``compression_state`` of the model that :func:`quantize` gave, in JSON types.
+    :param calibration: batches for algorithms that look at data while they train; nothing is initialised from them.
     :raises CheckpointError: it is no such state, or the model is another one.
     """
     if not isinstance(state, Mapping) or state.get("format") != _FORMAT or "compression" not in state:
         raise CheckpointError("compression_state: this is no state of a model that fat_brevitas quantized")
     result = quantize(model, state["compression"], merge_bn=bool(state.get("merge_bn")))
+    if calibration is not None:
+        for coordinator in coordinators(result):
+            coordinator.set_calibration(Pass(result, Batches(calibration, device_of(result))))
     differing = sorted(set(state.get("quantizers", ())) ^ set(result.compression_state["quantizers"]))
     if differing:
         raise CheckpointError(f"compression_state: the model is another one; it differs in {differing[0]!r}")

@@ -168,7 +168,7 @@ class BiTATWeight(WeightQuantizer):
     def fix(self, weight: Tensor) -> None:
         """End of the layer's stage: signs and scales stay as they are from now on."""
         self.kept = self._scale(weight).detach().clone()
-        self.signs = sign(weight).to(torch.int8)
+        self.signs = sign(weight).to(torch.int8).contiguous()
         self.set_phase(FIXED)
 
     @torch.no_grad()

@@ -252,11 +252,11 @@ class BiTATStages(Coordinator):
             norm, constant = norm + self.norm, constant + self.constant
         else:
             self._clear()
-        kind = {"dtype": torch.float32, "device": weight.alpha.device}
-        self.basis, self.start = basis.to(**kind), start.to(**kind)
-        self.norm, self.constant = norm.to(**kind), constant.to(**kind)
-        self.reference, self.residual = reference.to(**kind), metric.residual.to(**kind)
-        self.reduction = torch.zeros(0, **kind) if metric.reduction is None else metric.reduction.to(**kind)
+        reduction = reference.new_zeros(0) if metric.reduction is None else metric.reduction
+        # contiguous: a resumed run must multiply the same layouts to give the same bits
+        tensors = {"basis": basis, "start": start, "norm": norm, "constant": constant, "reference": reference}
+        for name, value in {**tensors, "residual": metric.residual, "reduction": reduction}.items():
+            setattr(self, name, value.to(weight.alpha.device, torch.float32).contiguous())
         if self.rotation is not None:
             self.rotation.zero_()
             self.log_importance[: start.numel()].copy_(self.start.flatten())
@@ -269,7 +269,7 @@ class BiTATStages(Coordinator):
         block = next(b for b in self.blocks if any(w is layer.weight for w in b))
         position = next(i for i, w in enumerate(block) if w is layer.weight)
         if position < len(block) - 1:
-            setattr(self, f"error{position}", reduced.detach().clone())
+            setattr(self, f"error{position}", reduced.detach().clone(memory_format=torch.contiguous_format))
             self.constant = self.constant + outside.detach()
 
     # -- loss --------------------------------------------------------------------------------------------------------
