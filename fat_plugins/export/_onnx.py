@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from fat_plugins.errors import ExportError
-from fat_plugins.export._onnx_graph import KEY, Graph, onnx
+from fat_plugins.export._onnx_file import KEY
+from fat_plugins.export._onnx_graph import Graph, onnx
 from fat_plugins.export.common import (
     ExportReport,
     LayerReport,
@@ -83,14 +84,17 @@ class Dialect(Protocol):
         """Element type of a weight in the file and its bits."""
 
     def activation(self, graph: Graph, form: Form, source: str, out: str, entry: Entry) -> list[Any]:
-        """Add the nodes of a quantizer that reads ``source`` and gives ``out``; returns those that read ``source``."""
+        """Add the nodes of a quantizer that reads ``source`` and gives ``out``; returns those that read ``source``.
+
+        :raises ExportError: the dialect cannot hold it.
+        """
 
 
 @dataclass
 class Entry:
     """One quantized tensor of the written graph, in execution order.
 
-    :param uses: of a weight, one per reader; what :class:`fat_plugins.export._onnx_graph.ModelFile` needs to find it.
+    :param uses: of a weight, one per reader; what :class:`fat_plugins.export._onnx_file.ModelFile` needs to find it.
     :param place: of an activation, the same.
     """
 
@@ -118,6 +122,7 @@ def write(
     inputs = on_device(model, as_inputs(example_input))
     proto = _trace(model.eval(), inputs, dialect.opset, dynamic_batch)
     graph = Graph(proto)
+    graph.bypass_identities()
     entries = _entries(graph, model)
     dialect.prepare(graph, entries)
     _rewrite(graph, entries, dialect)
@@ -280,9 +285,7 @@ def _entries(graph: Graph, model: nn.Module) -> list[Entry]:
 # rewriting
 # --------------------------------------------------------------------------------------------------------------------
 def _rewrite(graph: Graph, entries: list[Entry], dialect: Dialect) -> None:
-    outputs = graph.output_names
-    for i, name in enumerate(outputs):
-        graph.rename(name, "output" if len(outputs) == 1 else f"output{i}")
+    graph.name_outputs()
     taken: set[tuple[str, str]] = set()
     for entry in entries:
         if entry.kind == "weight":
@@ -309,10 +312,10 @@ def _rewrite_use(
 ) -> dict[str, Any]:
     """Give one reader of a weight its constants; returns where they are."""
     is_layer = index == 1 and node.op_type in (*_LAYERS, "Gemm")
-    if is_layer and node.op_type == "Gemm":
-        node, perm = _matmul(graph, node, perm, layer)
-    parts = grids(entry.module.form, entry.module.codes.detach().cpu())
     own = graph.fresh(layer)
+    if is_layer and node.op_type == "Gemm":
+        node, perm = _matmul(graph, node, perm, own)
+    parts = grids(entry.module.form, entry.module.codes.detach().cpu())
     names = [f"{layer}.weight"] if len(parts) == 1 else [f"{layer}.weight.{i}" for i in range(len(parts))]
     tensors = []
     for (form, codes), name in zip(parts, names, strict=True):

@@ -8,6 +8,7 @@ The graph is traced and rewritten by Brevitas's own transforms.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from brevitas.graph.equalize import EqualizeGraph
 from brevitas.graph.fixed_point import CollapseConsecutiveConcats, MergeBatchNorm
 from brevitas.graph.standardize import DuplicateSharedStatelessModule, TorchFunctionalToModule
 from brevitas.graph.utils import set_module
+from brevitas.proxy.quant_proxy import QuantProxyFromInjector
 from torch import nn
 from torch.nn.utils import prune
 
@@ -34,8 +36,8 @@ from fat_plugins.quantizer import TensorSpec, module_geometry
 from fat_plugins.scopes import as_list
 
 #: calls that Brevitas's own list of functions with a module leaves out
-_FUNCTIONS = ((torch.relu, nn.ReLU), (torch.relu_, nn.ReLU), (torch.sigmoid, nn.Sigmoid), (torch.tanh, nn.Tanh))
-_METHODS = (("relu", nn.ReLU), ("relu_", nn.ReLU), ("sigmoid", nn.Sigmoid), ("tanh", nn.Tanh))
+_FUNCTIONS = ((torch.relu, nn.ReLU), (torch.relu_, nn.ReLU))
+_METHODS = (("relu", nn.ReLU), ("relu_", nn.ReLU))
 #: activation functions that become one Brevitas layer together with their quantizer, and the bound on calibration
 _FUSED: dict[type, float | None] = {nn.ReLU: None, nn.ReLU6: 6.0}
 _EQUALIZE_ITERATIONS = 20
@@ -72,13 +74,19 @@ def detach_pruned(model: nn.Module) -> None:
 def trace(model: nn.Module, *, merge_bn: bool, equalize: bool) -> Traced:
     """A traced copy of a float model in evaluation mode, after Brevitas's standard passes.
 
-    :raises HostError: it cannot be traced; names the reason.
+    :raises HostError: it cannot be traced (names the reason), or holds Brevitas layers already.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, QuantProxyFromInjector):
+            raise HostError(f"{type(model).__name__} is quantized already (at {name!r}); give the float model")
     detach_pruned(model)
     model = copy.deepcopy(model).eval()
     modules = dict(model.named_modules())
     try:
-        graph = brevitas_symbolic_trace(model)
+        with warnings.catch_warnings():
+            # a name of torch's that Brevitas's tracer still uses
+            warnings.filterwarnings("ignore", ".treespec.children_specs.", FutureWarning)
+            graph = brevitas_symbolic_trace(model)
         _free_names(graph)
         for rewrite in (
             TorchFunctionalToModule(),
@@ -110,7 +118,8 @@ def _free_names(graph: GraphModule) -> None:
     taken = dict(graph.named_modules())
     for node in graph.graph.nodes:
         while node.op in ("call_function", "call_method") and node.name in taken:
-            node.name = graph.graph._graph_namespace.create_name(f"{node.name}_op", node)
+            # not registered for the node: the tracer's name for it would come back
+            node.name = graph.graph._graph_namespace.create_name(f"{node.name}_op", None)
 
 
 def _dropout_to_module(graph: GraphModule) -> None:
@@ -178,7 +187,7 @@ class Placement:
     def _sites(self) -> Iterator[Site]:
         for node in self.traced.nodes:
             producer = node.op in ("placeholder", "call_module", "call_function", "call_method")
-            if not producer or self.traced.is_agnostic(node) or self.traced.is_shape(node):
+            if not producer or self.traced.is_agnostic(node) or self.traced.gives_no_tensor(node):
                 continue
             if node.op == "placeholder" and not self.config.quantize_inputs:
                 continue
