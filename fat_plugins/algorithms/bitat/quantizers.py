@@ -352,8 +352,10 @@ class BiTATActivation(ActivationQuantizer):
     def form(self) -> Form:
         thresholds = self._thresholds().double().reshape(-1, 1)
         levels = torch.tensor([-1, 1], device=self.beta.device)
-        one = torch.ones(1, dtype=wide(self.beta).dtype, device=self.beta.device)
-        return Staircase(1, levels, thresholds.squeeze(0), one, self.spec.channel_axis)
+        return Staircase(1, levels, thresholds.squeeze(0), self.grid_scale(), self.spec.channel_axis)
+
+    def grid_scale(self) -> Tensor:
+        return torch.ones(1, dtype=wide(self.beta).dtype, device=self.beta.device)
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """No decay on the shifts."""
