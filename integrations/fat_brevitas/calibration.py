@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -112,10 +112,17 @@ def calibrate(model: nn.Module, batches: Batches, plan: Plan) -> None:
             module.training = training
 
 
+def _showing(observe: Callable[[torch.Tensor], None]) -> Callable[..., None]:
+    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:  # what a hook returns would replace the input
+        observe(_plain(inputs[0]))
+
+    return hook
+
+
 def _show_inputs(model: nn.Module) -> list[Any]:
     """Layers whose weight quantizer wants its input show it; the hooks that do that."""
     return [
-        layer.register_forward_pre_hook(lambda _, inputs, q=wrapper.quantizer: q.observe_input(_plain(inputs[0])))
+        layer.register_forward_pre_hook(_showing(wrapper.quantizer.observe_input))
         for _, layer, wrapper in weight_wrappers(model)
         if wrapper.quantizer.wants_input
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,14 +48,21 @@ def calibrate_weights(model: nn.Module) -> None:
         quantizer.core.calibrate(operand(module, quantizer)[0])
 
 
+def _showing(observe: Callable[[Tensor], None]) -> Callable[..., None]:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:  # what a hook returns would replace the input
+        observe(args[0].detach())
+
+    return hook
+
+
 @contextmanager
 def _showing_inputs(model: nn.Module) -> Iterator[None]:
     """Layers whose weight quantizer wants its input show it."""
-    hooks = []
-    for module, _, quantizer in quantized_layers(model):
-        if quantizer.core.wants_input:
-            observe = quantizer.core.observe_input
-            hooks.append(module.register_forward_pre_hook(lambda _m, args, f=observe: f(args[0].detach())))
+    hooks = [
+        module.register_forward_pre_hook(_showing(quantizer.core.observe_input))
+        for module, _, quantizer in quantized_layers(model)
+        if quantizer.core.wants_input
+    ]
     try:
         yield
     finally:
