@@ -852,6 +852,8 @@ def test_beta_of_relu_outputs_and_of_centred_inputs():
     torch.testing.assert_close(relu.beta.detach(), -x.relu().mean((0, 2, 3)))
     out = relu(x.relu())
     assert all(set(out[:, c].unique().tolist()) == {-1.0, 1.0} for c in range(3))
+    with pytest.raises(QuantizationError, match=r"input of shape \[4\] has no channels at axis 1"):
+        relu(torch.zeros(4))
     one = BITAT.make_activation(TensorSpec("activation", 1, channel_axis=1, per_channel=False))
     one.calibrate(x.relu())
     torch.testing.assert_close(one.beta.detach(), -x.relu().mean().reshape(1))

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fat_plugins.algorithms.bitat.maths import ALPHA_FLOOR, Moments, groups_of, input_rows, sign, to_columns
+from fat_plugins.errors import QuantizationError
 from fat_plugins.forms import Codebook, Form, Staircase
 from fat_plugins.functional import per_channel_view, positive, wide
 from fat_plugins.quantizer import ActivationQuantizer, FrozenTensor, Params, TensorSpec, WeightQuantizer
@@ -346,6 +347,8 @@ class BiTATActivation(ActivationQuantizer):
         if self._waiting and (self.training or self.probing):
             return _Hold.apply(x, self.beta)
         axis = self.spec.channel_axis
+        if self.beta.numel() > 1 and x.ndim <= axis:
+            raise QuantizationError(f"{self.spec.name}: input of shape {list(x.shape)} has no channels at axis {axis}")
         beta, threshold = (per_channel_view(t, x.ndim, axis) for t in (wide(self.beta), self._thresholds()))
         return _Sign.apply(x, beta, threshold)
 
