@@ -20,12 +20,13 @@ from fat_plugins.quantizer import FrozenTensor, WeightQuantizer
 from fat_plugins.registry import Algorithm
 
 VERSION = fat_brevitas.BREVITAS_VERSION
-#: bits and granularity of every registered algorithm
+#: bits and granularity of every registered algorithm; one-bit ones have tests of their own
 CASES = [
     (name, bits, per_channel)
     for name, algorithm in algorithms().items()
     if algorithm.weight_quantizer is not None and algorithm.activation_quantizer is not None
     for bits in (2, 3, 4, 8)
+    if bits <= algorithm.weight_bits[1]
     for per_channel in ([False, True] if algorithm.per_channel_weights else [False])
 ]
 each_case = pytest.mark.parametrize(("algorithm", "bits", "per_channel"), CASES)
