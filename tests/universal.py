@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from references import fat_activation, fat_weight, lsq, minmax_weight
+from references import cpq, fat_activation, fat_weight, lsq, minmax_weight
 
 from fat_plugins import ConfigError, TensorSpec, algorithms, get_algorithm
 
@@ -46,6 +46,14 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"restore_scale": True, "activation_alpha": 2.0},
     ],
     "minmax": [{}, {"momentum": 0.5}],
+    "dropbits": [
+        {},
+        {"normalization": "raw", "mask": "none"},
+        {"estimator": "full", "act_estimator": "full", "mask": "hierarchical"},
+        {"estimator": "ste", "act_estimator": "ste", "init": "rq", "mask": "endpoints", "gates": "bernoulli"},
+        {"estimator": "full", "act_estimator": "full", "normalization": "raw", "gate_gradient": "raw"},
+    ],
+    "rq": [{}, {"straight_through": True, "local_grid": False, "init": "mse", "temperature": 0.5}],
 }
 #: these keep tensors of their own transformation for the backward
 TRANSFORMS_WEIGHTS = {"fat"}
@@ -181,7 +189,48 @@ def _minmax_activation(quantizer, x, grad):
     return r["vq"], grad * inside, {}
 
 
+def _noise_scale(quantizer, dsigma):
+    """Sigma within alpha / 20 .. alpha, and the gradient of its logarithm, which is dropped where it leads outward."""
+    alpha, sigma = np.exp(quantizer.log_alpha.item()), np.exp(quantizer.log_sigma.item())
+    if dsigma is None:
+        return alpha, float(np.clip(sigma, alpha / 20, alpha))
+    outward = (sigma < alpha / 20 and dsigma > 0) or (sigma > alpha and dsigma < 0)
+    return np.asarray([0.0 if outward else dsigma])
+
+
+def _grid_gradients(quantizer, x, r, alpha, sigma):
+    """Gradients of the two logarithms, with the factor of a tensor's size."""
+    _, high = quantizer.bounds
+    count = x.size if quantizer.role == "weight" else x.size / x.shape[0]
+    g = 1 / np.sqrt(count * high)
+    return {
+        "log_alpha": np.asarray([r["dalpha"] * alpha * g]),
+        "log_sigma": _noise_scale(quantizer, r["dsigma"] * sigma * g),
+    }
+
+
+def _dropbits(quantizer, x, grad):
+    p = quantizer.params
+    alpha, sigma = _noise_scale(quantizer, None)
+    estimator = p.estimator if quantizer.role == "weight" else p.act_estimator
+    r = cpq(x, alpha, sigma, *quantizer.bounds, grad, estimator, p.normalization == "truncated")
+    gradients = _grid_gradients(quantizer, x, r, alpha, sigma)
+    if "phi" in dict(quantizer.named_parameters()):  # evaluation knows no masks
+        gradients["phi"] = np.zeros(quantizer.phi.shape)
+    return r["out"], r["dx"], gradients
+
+
+def _rq(quantizer, x, grad):
+    alpha, sigma = _noise_scale(quantizer, None)
+    r = cpq(x, alpha, sigma, *quantizer.bounds, grad, "ste")  # evaluation draws no noise
+    return r["out"], r["dx"], _grid_gradients(quantizer, x, r, alpha, sigma)
+
+
 REFERENCES = {
+    ("dropbits", "weight"): _dropbits,
+    ("dropbits", "activation"): _dropbits,
+    ("rq", "weight"): _rq,
+    ("rq", "activation"): _rq,
     ("fat", "weight"): _fat_weight,
     ("fat", "activation"): _fat_activation,
     ("lsq", "weight"): _lsq_weight,
@@ -189,6 +238,13 @@ REFERENCES = {
     ("minmax", "weight"): _minmax_weight,
     ("minmax", "activation"): _minmax_activation,
 }
+
+
+def clip_is_given(case: Case) -> bool:
+    """Whether the highest level of an activation is not the end of the range that calibration saw."""
+    if case.algorithm == "rq":
+        return case.params.get("init", "rq") == "rq"
+    return case.params.get("init") == "rq" or "activation_alpha" in case.params
 
 
 def scale_invariant(case: Case) -> bool:
