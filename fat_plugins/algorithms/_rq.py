@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fat_plugins.forms import Form, UniformGrid
@@ -22,8 +20,8 @@ from fat_plugins.functional import uniform_codes, wide
 from fat_plugins.quantizer import ActivationQuantizer, FrozenTensor, Params, TensorSpec, WeightQuantizer
 
 _LOWEST, _HIGHEST = 1e-12, 1e36  # of alpha; an all-zero tensor would give 0 (section 10.10)
-#: beyond so many steps outside the grid every sigmoid is saturated, since rho >= 1
-_FAR = 60.0
+#: beyond an argument of this size a sigmoid is its limit, and its exponential still fits float32
+_SATURATED = 40.0
 #: sigma stays within alpha / 20 .. alpha (section 10.3)
 _LEAST_SIGMA = math.log(20.0)
 _SAMPLES, _CANDIDATES = 2**16, 100
@@ -33,93 +31,71 @@ _SAMPLES, _CANDIDATES = 2**16, 100
 # the categorical, sections 3.1 and 4.1
 # --------------------------------------------------------------------------------------------------------------------
 class Slopes(NamedTuple):
-    """Log-probability of one point and its derivatives by ``r`` (that is alpha d/dx), log alpha and log sigma."""
+    """A probability, and the derivatives of its logarithm by ``r`` (that is alpha d/dx), log alpha and log sigma."""
 
     value: Tensor
-    by_x: Tensor
-    by_alpha: Tensor
-    by_sigma: Tensor
+    by_x: Tensor | float
+    by_alpha: Tensor | float
+    by_sigma: Tensor | float
 
 
-def interval(r: Tensor, rho: Tensor, first: Tensor | float, last: Tensor | float) -> Slopes:
-    """``logsigmoid(b) + logsigmoid(-a)`` of the interval of the points ``first .. last``, and its derivatives.
+def position(x: Tensor, alpha: Tensor, rho: Tensor, low: int, high: int) -> Tensor:
+    """``x / alpha`` in at least float32, kept where the formulas still differ from their limits far outside."""
+    reach = 0.5 + _SATURATED / rho
+    return torch.minimum(torch.maximum(wide(x) / alpha, low - reach), high + reach)
 
-    It is the log-probability of the interval without the factor :func:`width`, and exact far outside of it.
+
+def cell(r: Tensor, rho: Tensor, point: Tensor | float) -> tuple[Tensor, Tensor]:
+    """``raw = F(k + 1/2) - F(k - 1/2)`` of section 3.1 without its subtraction, for the point ``k``.
+
+    The product of sigmoids of the stable form is ``sinh(rho/2) / (cosh(rho/2) + cosh(rho (r - k)))``: one exponential,
+    no cancellation, no overflow.
+
+    :return: raw, and ``S = sinh / (cosh + cosh)`` from which all derivatives follow.
     """
-    low, high = first - 0.5, last + 0.5
-    a, b = (low - r) * rho, (high - r) * rho
-    below, above = torch.sigmoid(a), torch.sigmoid(-b)
+    distance = r - point
+    t = distance.abs() * rho
+    q = torch.exp(-t.clamp_max(_SATURATED))  # squares of less are denormal numbers, which are slow
+    denominator = 1 + q * (q + 2 * torch.cosh(rho / 2))
+    raw = 2 * torch.sinh(rho / 2) * q / denominator
+    return raw, torch.sign(distance) * (1 - q * q) / denominator
+
+
+def log_raw(r: Tensor, rho: Tensor, point: Tensor | float) -> Tensor:
+    """log raw of :func:`cell` up to a constant; finite wherever ``r`` is."""
+    t = (r - point).abs() * rho
+    q = torch.exp(-t)
+    return -t - torch.log1p(q * (q + 2 * torch.cosh(rho / 2)))
+
+
+def slopes_of(r: Tensor, rho: Tensor, point: Tensor | float, raw: Tensor, s: Tensor) -> Slopes:
+    """Derivatives of ``log raw`` (section 4.1, closed forms) from what :func:`cell` gives."""
+    common = rho * (0.5 / torch.tanh(rho / 2) - raw / 2)
+    return Slopes(raw, -rho * s, common + rho * (point * s), -common + rho * ((r - point) * s))
+
+
+def grid_mass(r: Tensor, rho: Tensor, low: int, high: int, truncated: bool) -> Slopes:
+    """Probability of the whole grid, one interval in closed form; 1 where it is not divided by."""
+    if not truncated:
+        return Slopes(torch.ones_like(r), 0.0, 0.0, 0.0)
+    a, b = (low - 0.5 - r) * rho, (high + 0.5 - r) * rho
+    below, above = torch.exp(a.clamp_min(-_SATURATED)), torch.exp((-b).clamp_min(-_SATURATED))
+    n = (high - low + 1) * rho
+    mass = -torch.expm1(-n) / ((1 + below) * (1 + above))
+    below, above, width = below / (1 + below), above / (1 + above), n / torch.expm1(n)
     return Slopes(
-        F.logsigmoid(b) + F.logsigmoid(-a),
+        mass,
         (below - above) * rho,
-        (high * above - low * below) * rho,
-        a * below - b * above,
+        ((high + 0.5) * above - (low - 0.5) * below) * rho + width,
+        a * below - b * above - width,
     )
 
 
-def width(rho: Tensor, cells: int) -> tuple[Tensor, Tensor]:
-    """``log(1 - exp(-n rho))`` for ``n`` cells, and its derivative by log alpha (minus that by log sigma)."""
-    n = cells * rho
-    return torch.log(-torch.expm1(-n)), n / torch.expm1(n)
-
-
 def probability(r: Tensor, rho: Tensor, point: Tensor | float, low: int, high: int, truncated: bool) -> Slopes:
-    """log pi of the cell of ``point`` (shape of ``r``, or one number), section 3.1.
-
-    The normaliser of the truncated grid is one interval, in closed form, so nothing is kept for each point.
-    """
-    own = interval(r, rho, point, point)
-    size, by_alpha = width(rho, 1)
-    value, by_x, da, ds = own.value + size, own.by_x, own.by_alpha + by_alpha, own.by_sigma - by_alpha
-    if truncated:
-        grid = interval(r, rho, low, high)
-        size, by_alpha = width(rho, high - low + 1)
-        value, by_x = value - grid.value - size, by_x - grid.by_x
-        da, ds = da - grid.by_alpha - by_alpha, ds - grid.by_sigma + by_alpha
-    return Slopes(value, by_x, da, ds)
-
-
-def points(r: Tensor, rho: Tensor, low: int, high: int, truncated: bool) -> Iterator[tuple[int, Slopes]]:
-    """Every grid point with its log-probability, one after the other: memory does not grow with their number.
-
-    Neighbours share an edge, which is computed once.
-    """
-    size, slope = width(rho, 1)
-    if truncated:
-        grid = interval(r, rho, low, high)
-        cells, all_slope = width(rho, high - low + 1)
-        size, slope = size - cells - grid.value, slope - all_slope
-    b = (low - 0.5 - r) * rho
-    log_b, above = F.logsigmoid(b), torch.sigmoid(-b)
-    for k in range(low, high + 1):
-        a, log_a, below = b, log_b - b, 1 - above
-        b = (k + 0.5 - r) * rho
-        log_b, above = F.logsigmoid(b), torch.sigmoid(-b)
-        by_x = (below - above) * rho
-        by_alpha = ((k + 0.5) * above - (k - 0.5) * below) * rho + slope
-        by_sigma = a * below - b * above - slope
-        if truncated:
-            by_x, by_alpha, by_sigma = by_x - grid.by_x, by_alpha - grid.by_alpha, by_sigma - grid.by_sigma
-        yield k, Slopes(log_a + log_b + size, by_x, by_alpha, by_sigma)
-
-
-def log_probabilities(r: Tensor, rho: Tensor, low: int, high: int, truncated: bool) -> Iterator[tuple[int, Tensor]]:
-    """:func:`points` without the derivatives."""
-    size = width(rho, 1)[0]
-    if truncated:
-        size = size - width(rho, high - low + 1)[0] - interval(r, rho, low, high).value
-    b = (low - 0.5 - r) * rho
-    log_b = F.logsigmoid(b)
-    for k in range(low, high + 1):
-        log_a = log_b - b
-        b = (k + 0.5 - r) * rho
-        log_b = F.logsigmoid(b)
-        yield k, log_a + log_b + size
-
-
-def position(x: Tensor, alpha: Tensor, low: int, high: int) -> Tensor:
-    """``x / alpha`` in at least float32, kept where the formulas still differ from their limits."""
-    return (wide(x) / alpha).clamp(low - _FAR, high + _FAR)
+    """pi of the cell of ``point`` (shape of ``r``, or one number), section 3.1."""
+    raw, s = cell(r, rho, point)
+    own, grid = slopes_of(r, rho, point, raw, s), grid_mass(r, rho, low, high, truncated)
+    return Slopes(own.value / grid.value, *(d - g for d, g in zip(own[1:], grid[1:], strict=True)))
 
 
 class _Bounded(torch.autograd.Function):

@@ -20,9 +20,9 @@ from fat_plugins.algorithms._rq import (
     GridActivation,
     GridWeight,
     bounded,
+    cell,
     draw_seed,
-    log_probabilities,
-    points,
+    grid_mass,
     position,
     probability,
 )
@@ -137,26 +137,45 @@ class _Plan(NamedTuple):
     factor: float
 
 
-def masked_codes(r: Tensor, rho: Tensor, mask: Tensor, low: int, high: int) -> Tensor:
-    """``argmax_k mask_k pi_k`` (in the dtype of ``r``); the normaliser plays no part, NaN stays NaN."""
-    log_mask, best, chosen = mask.log(), None, None
-    for k, value in log_probabilities(r, rho, low, high, truncated=False):
-        score = value + log_mask[k - low]
-        if best is None:
-            best, chosen = score, torch.full_like(r, k)
-        else:
-            chosen = chosen.masked_fill(score > best, k)
-            best = torch.maximum(best, score)
-    return chosen + (r - r)
+def masked_codes(r: Tensor, rho: Tensor, mask: Tensor, low: int) -> Tensor:
+    """``argmax_k mask_k pi_k`` (in the dtype of ``r``); the normaliser plays no part, NaN stays NaN.
+
+    The logistic distribution is log-concave, so the chosen point never falls as ``r`` grows: it is a staircase, whose
+    thresholds depend on the mask and rho only. Of two points j < m with gates M, the upper one is the more probable
+    above ``r = (j + m) / 2 + log(v) / rho``, where ``h = rho (m - j) / 2`` and v is the positive root of
+    ``(M_m - M_j e^(-2h)) v^2 + 2 cosh(rho/2) e^(-h) (M_m - M_j) v - (M_j - M_m e^(-2h)) = 0``.
+    """
+    count = mask.numel()
+    k = torch.arange(count, device=r.device, dtype=torch.float64)
+    rho, gate = rho.double(), mask.double()
+    lower, upper = gate[:, None], gate[None, :]  # axes: j, m
+    h = rho * (k[None, :] - k[:, None]) / 2
+    inside = h > 0
+    h = h.clamp_min(0)
+    decay = torch.exp(-2 * h)
+    square, last = upper - lower * decay, lower - upper * decay
+    linear = torch.cosh(rho / 2) * torch.exp(-h) * (upper - lower)
+    # the form of the root that does not cancel
+    root = torch.sqrt((linear * linear + square * last).clamp_min(0))
+    v = torch.where(linear > 0, last / (linear + root), (root - linear) / square)
+    between = (k[:, None] + k[None, :]) / 2 + torch.log(v) / rho
+    between = between.masked_fill(last <= 0, -math.inf).masked_fill(square <= 0, math.inf)
+    # from point i on: some m >= i beats every j < i
+    index = torch.arange(count, device=r.device)
+    beats = between.masked_fill(~inside, -math.inf).cummax(0).values  # [j, m]: threshold of m against 0 .. j
+    against = beats[:-1]  # row i - 1 is against all j < i
+    reachable = index[None, :] >= index[1:, None]
+    steps = against.masked_fill(~reachable, math.inf).amin(1).cummax(0).values + low
+    return torch.bucketize(r.contiguous(), steps.to(r.dtype)).to(r.dtype) + low + (r - r)
 
 
 def _imax(g: Tensor, x: Tensor, alpha: Tensor, rho: Tensor, low: int, high: int, truncated: bool):
     """Without masks: gradients by x, log alpha and log sigma, element by element."""
-    r = position(x, alpha, low, high)
+    r = position(x, alpha, rho, low, high)
     k = torch.round(r.clamp(low, high))
     pi, by_x, by_alpha, by_sigma = probability(r, rho, k, low, high, truncated)
     gk = g * k
-    value = gk * torch.exp(pi)
+    value = gk * pi
     return value * by_x, gk + value * by_alpha, value * by_sigma
 
 
@@ -167,53 +186,70 @@ def _ste(g: Tensor, x: Tensor, k: Tensor, alpha: Tensor, low: int, high: int):
     return g * inside, g * (k - r.clamp(low, high) * inside), torch.zeros_like(g)
 
 
+def _averaged(total: Tensor, raw: Tensor, s: Tensor, ks: Tensor, r: Tensor, rho: Tensor, grid: Any) -> list[Tensor]:
+    """Sums of a weight times the three slopes of log pi, from the sums of the weight, times raw, S and k S."""
+    common = rho * (0.5 / torch.tanh(rho / 2) * total - raw / 2)
+    return [
+        -rho * s - grid.by_x * total,
+        common + rho * ks - grid.by_alpha * total,
+        -common + rho * (r * s - ks) - grid.by_sigma * total,
+    ]
+
+
 def _general(g: Tensor, x: Tensor, alpha: Tensor, rho: Tensor, mask: Tensor, plan: _Plan):
     """With masks, or through all points: gradients by x, log alpha, log sigma (by element) and by the mask, divided by
-    alpha. Two loops over the points."""
+    alpha. One or two loops over the points, one exponential in each turn; memory does not grow with their number."""
     low, high, estimator, truncated, gates, _ = plan
-    r = position(x, alpha, low, high)
-    k = torch.round(r.clamp(low, high)) if gates is None else masked_codes(r, rho, mask, low, high)
-    renormalised = gates == "expected"
-    mass = expected = 0.0
-    means, moments = [0.0] * 3, [0.0] * 3  # of the three slopes, and of k times them
-    for point, (value, *slopes) in points(r, rho, low, high, truncated):
-        p = torch.exp(value) if gates is None else torch.exp(value) * mask[point - low]
-        mass, expected = mass + p, expected + point * p
-        means = [m + p * s for m, s in zip(means, slopes, strict=True)]
-        moments = [m + (point * p) * s for m, s in zip(moments, slopes, strict=True)]
+    r = position(x, alpha, rho, low, high)
+    k = torch.round(r.clamp(low, high)) if gates is None else masked_codes(r, rho, mask, low)
+    grid = grid_mass(r, rho, low, high, truncated)
+    renormalised, full = gates == "expected", estimator == "full"
+    mass = expected = by_raw = by_s = by_ks = k_raw = k_ks = 0.0
+    if renormalised or full:
+        for point in range(low, high + 1):
+            raw, s = cell(r, rho, point)
+            p = raw if gates is None else raw * mask[point - low]
+            ps, pr = p * s, p * raw
+            mass, expected = mass + p, expected + point * p
+            by_raw, by_s, by_ks = by_raw + pr, by_s + ps, by_ks + point * ps
+            if full:
+                k_raw, k_ks = k_raw + point * pr, k_ks + point * point * ps
+        means = [m / grid.value for m in _averaged(mass, by_raw, by_s, by_ks, r, rho, grid)]
+        if full:
+            moments = [m / grid.value for m in _averaged(expected, k_raw, by_ks, k_ks, r, rho, grid)]
+        mass, expected = mass / grid.value, expected / grid.value
     if renormalised:
         kept = (mass >= _LEAST_MASS).to(r.dtype)
         mass = mass.clamp_min(_LEAST_MASS)
         expected = expected / mass
         means = [m / mass * kept for m in means]
-        moments = [m / mass for m in moments]
+    gk = g * k
     if estimator == "ste":
         by = _ste(g, x, k, alpha, low, high)
-    elif estimator == "full":
-        by = [m - expected * n if renormalised else m for m, n in zip(moments, means, strict=True)]
-        by = (g * by[0], g * (k + by[1]), g * by[2])
-    else:
-        value, *slopes = probability(r, rho, k, low, high, truncated)
-        own = torch.exp(value)
-        if gates is not None:
-            own = own * mask[(k.nan_to_num() - low).long()]
+    elif full:
+        if renormalised:
+            moments = [m / mass - expected * n for m, n in zip(moments, means, strict=True)]
+        by = (g * moments[0], gk + g * moments[1], g * moments[2])
+    if estimator == "imax" or (gates == "raw" and not full):
+        own, *slopes = probability(r, rho, k, low, high, truncated)
+        through_gate = gk * own  # by the gate of the chosen point, under the raw rule
+    if estimator == "imax":
+        own = own * mask[(k.nan_to_num() - low).long()]
         if renormalised:
             own = own / mass
             slopes = [s - m for s, m in zip(slopes, means, strict=True)]
-        gk = g * k
-        by = (gk * own * slopes[0], gk + gk * own * slopes[1], gk * own * slopes[2])
+        value = gk * own
+        by = (value * slopes[0], gk + value * slopes[1], value * slopes[2])
     if gates is None:
         return *by, None
     by_mask = []
-    for point, value in log_probabilities(r, rho, low, high, truncated):
-        p = torch.exp(value)
-        if renormalised:
-            term = g * p * (point - kept * expected) / mass
-        elif estimator == "full":
-            term = g * p * point
-        else:
-            term = g * p * point * (k == point)
-        by_mask.append(term.sum())
+    factor = g / grid.value / mass if renormalised else g / grid.value
+    for point in range(low, high + 1):
+        if gates == "raw" and not full:
+            by_mask.append((through_gate * (k == point)).sum())
+            continue
+        raw = cell(r, rho, point)[0]
+        by_mask.append((factor * raw * ((point - kept * expected) if renormalised else point)).sum())
     return *by, torch.stack(by_mask)
 
 
@@ -229,7 +265,7 @@ class _Categorical(torch.autograd.Function):
             codes = uniform_codes(x, alpha, plan.low, plan.high)
         else:
             rho = torch.exp(log_alpha - log_sigma).reshape(())
-            codes = masked_codes(position(x, alpha, plan.low, plan.high), rho, mask, plan.low, plan.high)
+            codes = masked_codes(position(x, alpha, rho, plan.low, plan.high), rho, mask, plan.low)
         return (codes * alpha).to(x.dtype)
 
     @staticmethod

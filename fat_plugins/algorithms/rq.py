@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fat_plugins.algorithms._rq import GridActivation, GridWeight, Slopes, draw_seed, interval, position
+from fat_plugins.algorithms._rq import GridActivation, GridWeight, cell, draw_seed, log_raw, position
 from fat_plugins.functional import fake_quantize, grad_scale, wide
 from fat_plugins.quantizer import Params, Progress, TensorSpec
 from fat_plugins.registry import Algorithm
@@ -55,8 +55,8 @@ class _Draw(NamedTuple):
     factor: float
 
 
-def _drawn(r: Tensor, rho: Tensor, draw: _Draw) -> Iterator[tuple[Tensor, Tensor, Slopes]]:
-    """Every candidate point: its integer, its perturbed score and its slopes. The same numbers at every call.
+def _drawn(r: Tensor, rho: Tensor, draw: _Draw) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every candidate point: its integer and its perturbed score. The same numbers at every call.
 
     The normaliser of the categorical is common to all points, whole grid or window, and drops out of the softmax.
     """
@@ -70,25 +70,26 @@ def _drawn(r: Tensor, rho: Tensor, draw: _Draw) -> Iterator[tuple[Tensor, Tensor
     for offset in offsets:
         noise = torch.empty(r.shape, dtype=torch.float32, device=r.device).exponential_(generator=generator)
         point = nearest + offset if draw.delta is not None else torch.full_like(r, offset)
-        slopes = interval(r, rho, point, point)
-        score = (slopes.value - noise.clamp_min_(_SMALLEST).log_().to(r.dtype)) / draw.temperature
+        score = (log_raw(r, rho, point) - noise.clamp_min_(_SMALLEST).log_().to(r.dtype)) / draw.temperature
         if draw.delta is not None:
             outside = (point < draw.low) | (point > draw.high) | (abs(offset) * rho > draw.delta)
             score = score.masked_fill(outside, -math.inf)
-        yield point, score, slopes
+        yield point, score
 
 
 def _averages(r: Tensor, rho: Tensor, draw: _Draw, slopes: bool) -> tuple[list[Tensor], Tensor]:
-    """Averages by the softmax of k and, with ``slopes``, of d/dr, k d/dr and the same for log alpha and log sigma; and
-    the point of the highest score.
+    """Averages by the softmax of k and, with ``slopes``, of S, k S, k^2 S, raw and k raw; and the point of the highest
+    score.
 
     The softmax runs over the points, its sums relative to the highest score so far: no tensor grows with their number.
     """
     sums, top, best = [], None, None
-    for point, score, by in _drawn(r, rho, draw):
+    for point, score in _drawn(r, rho, draw):
         terms = [torch.ones_like(r), point]
         if slopes:
-            terms += [d for slope in by[1:] for d in (slope, point * slope)]
+            raw, s = cell(r, rho, point)
+            ks = point * s
+            terms += [s, ks, point * ks, raw, point * raw]
         if top is None:
             sums, top, best = terms, score, point
             continue
@@ -108,7 +109,7 @@ class _Relaxed(torch.autograd.Function):
         ctx.save_for_backward(x, log_alpha, log_sigma)
         ctx.draw = draw
         alpha, rho = log_alpha.exp().reshape(()), torch.exp(log_alpha - log_sigma).reshape(())
-        (mean,), best = _averages(position(x, alpha, draw.low, draw.high), rho, draw, slopes=False)
+        (mean,), best = _averages(position(x, alpha, rho, draw.low, draw.high), rho, draw, slopes=False)
         return ((best if draw.straight_through else mean) * alpha).to(x.dtype)
 
     @staticmethod
@@ -117,13 +118,15 @@ class _Relaxed(torch.autograd.Function):
         x, log_alpha, log_sigma = ctx.saved_tensors
         draw, g = ctx.draw, wide(grad)
         alpha, rho = log_alpha.exp().reshape(()), torch.exp(log_alpha - log_sigma).reshape(())
-        averages, best = _averages(position(x, alpha, draw.low, draw.high), rho, draw, slopes=True)
-        mean, x1, xk, a1, ak, s1, sk = averages
-        g_t = g / draw.temperature
-        grad_x = g_t * (xk - mean * x1)
+        r = position(x, alpha, rho, draw.low, draw.high)
+        (mean, s, ks, kks, raw, k_raw), best = _averages(r, rho, draw, slopes=True)
+        # covariances of k with S, k S and raw / 2: what is left of the slopes of log pi (see slopes_of)
+        with_s, with_ks, with_raw = ks - mean * s, kks - mean * ks, (k_raw - mean * raw) / 2
+        g_t = g * (rho / draw.temperature)
+        grad_x = -g_t * with_s
         grid = best if draw.straight_through else mean
-        grad_alpha = (g * grid + g_t * (ak - mean * a1)) * (alpha * draw.factor)
-        grad_sigma = g_t * (sk - mean * s1) * (alpha * draw.factor)
+        grad_alpha = (g * grid + g_t * (with_ks - with_raw)) * (alpha * draw.factor)
+        grad_sigma = g_t * (with_raw + r * with_s - with_ks) * (alpha * draw.factor)
         return grad_x.to(x.dtype), grad_alpha.sum().reshape(1), grad_sigma.sum().reshape(1), None
 
 

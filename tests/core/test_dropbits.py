@@ -46,7 +46,7 @@ PI = [4.3258e-6, 8.6879e-5, 0.00174181, 0.03374388, 0.39005135, 0.51155448, 0.05
 
 def test_categorical_vector():
     r, rho = tensor([0.3 / ALPHA], False), tensor(ALPHA / SIGMA, False)
-    found = [torch.exp(s.value).item() for _, s in shared.points(r, rho, -4, 3, truncated=True)]
+    found = [shared.probability(r, rho, float(k), -4, 3, True).value.item() for k in range(-4, 4)]
     assert found == pytest.approx(PI, rel=2e-5)
     assert sum(found) == pytest.approx(1, abs=1e-14)
     assert categorical(0.3, ALPHA, SIGMA, -4, 3)[0].tolist() == pytest.approx(found, rel=1e-12)
@@ -93,13 +93,12 @@ def test_stable_form_equals_the_differences_of_distribution_functions(sigma, tru
     literal = top - bottom
     if truncated:
         literal = literal / (top[:, -1:] - bottom[:, :1])
-    args = torch.tensor(x / ALPHA), tensor(ALPHA / sigma, False), -4, 3, truncated
-    for found in (
-        [s.value for _, s in shared.points(*args)],
-        [v for _, v in shared.log_probabilities(*args)],
-        [shared.probability(*args[:2], float(i), *args[2:]).value for i in k],
-    ):
-        assert np.abs(np.exp(torch.stack(found, -1).numpy()) - literal).max() < 1e-14 * 100
+    r, rho = torch.tensor(x / ALPHA), tensor(ALPHA / sigma, False)
+    found = [shared.probability(r, rho, float(i), -4, 3, truncated).value for i in k]
+    assert np.abs(torch.stack(found, -1).numpy() - literal).max() < 2e-15
+    # and the stable form of the specification
+    stable = categorical(x, ALPHA, sigma, -4, 3, truncated)[0]
+    np.testing.assert_allclose(torch.stack(found, -1).numpy(), stable, rtol=1e-11, atol=1e-16)
 
 
 @pytest.mark.parametrize("far", [3.0, 50.0, 1e6, 1e30])
@@ -175,6 +174,27 @@ def test_masked_forward_and_backward_equal_the_float64_reference(family, truncat
         # the gates' own chain is torch's
         (expected,) = torch.autograd.grad(mask, quantizer.phi, torch.tensor(r["dmask"]))
         torch.testing.assert_close(quantizer.phi.grad, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6])
+@pytest.mark.parametrize("rho", [1.0, 3.0, 20.0])
+def test_the_chosen_point_is_the_most_probable_one_that_is_kept(bits, rho):
+    """The staircase against the arg max of section 3.4 over all points, for soft, closed and nearly closed gates."""
+    low, count = -(2 ** (bits - 1)), 2**bits
+    r = torch.linspace(low - 1.7, -low + 0.9, 997, dtype=torch.float64)
+    k = torch.arange(low, -low, dtype=torch.float64)
+    log_raw = -torch.log(math.cosh(rho / 2) + torch.cosh(rho * (r[:, None] - k)))
+    generator = torch.Generator().manual_seed(bits)
+    for trial in range(20):
+        mask = torch.rand(count, generator=generator, dtype=torch.float64)
+        if trial % 2:
+            mask = torch.where(mask < 0.3, 0.0, torch.where(mask < 0.5, mask**40, mask.clamp_min(0.6)))
+        mask[count // 2] = 1.0
+        scores = log_raw + mask.log()
+        found = module.masked_codes(r, torch.tensor(rho, dtype=torch.float64), mask, low)
+        best = scores.max(1).values
+        chosen = scores.gather(1, (found - low).long()[:, None])[:, 0]
+        assert (best - chosen).max() < 1e-9, trial
 
 
 def test_expected_rule_is_the_gradient_of_the_expectation_over_kept_points():
