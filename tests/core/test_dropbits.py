@@ -95,10 +95,10 @@ def test_stable_form_equals_the_differences_of_distribution_functions(sigma, tru
         literal = literal / (top[:, -1:] - bottom[:, :1])
     r, rho = torch.tensor(x / ALPHA), tensor(ALPHA / sigma, False)
     found = [shared.probability(r, rho, float(i), -4, 3, truncated).value for i in k]
-    assert np.abs(torch.stack(found, -1).numpy() - literal).max() < 2e-15
+    assert np.abs(torch.stack(found, -1).numpy() - literal).max() < 2e-13
     # and the stable form of the specification
     stable = categorical(x, ALPHA, sigma, -4, 3, truncated)[0]
-    np.testing.assert_allclose(torch.stack(found, -1).numpy(), stable, rtol=1e-11, atol=1e-16)
+    np.testing.assert_allclose(torch.stack(found, -1).numpy(), stable, rtol=1e-11, atol=2e-13)
 
 
 @pytest.mark.parametrize("far", [3.0, 50.0, 1e6, 1e30])
@@ -116,6 +116,19 @@ def test_far_outside_the_grid_the_nearest_end_is_taken(far, params):
         assert out.tolist() == [1.5, -2.0]
         out.sum().backward()
         assert x.grad.isfinite().all() and quantizer.log_alpha.grad.isfinite()
+
+
+@pytest.mark.parametrize("sigma", [ALPHA / 20, ALPHA / 3, ALPHA])
+def test_far_outside_the_probability_of_the_end_keeps_its_limit(sigma):
+    """Where both the cell's and the grid's mass underflow: (1 - e^-rho) / (1 - e^-(K rho))."""
+    rho = ALPHA / sigma
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-4)):
+        x = torch.tensor([2.5, 30.0, 1e6, 1e30], dtype=dtype) * ALPHA
+        one = torch.tensor(rho, dtype=dtype)
+        for sign, end in ((1, 3.0), (-1, -4.0)):
+            r = shared.position(sign * x, torch.tensor(ALPHA, dtype=dtype), one, -4, 3)
+            pi = shared.probability(r, one, end, -4, 3, True).value
+            assert pi[1:].tolist() == pytest.approx([math.expm1(-rho) / math.expm1(-8 * rho)] * 3, rel=tolerance)
 
 
 @pytest.mark.parametrize("estimator", ["imax", "full"])
