@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from references import cpq, fat_activation, fat_weight, lsq, minmax_weight
+from references import cpq, dorefa_weight, fat_activation, fat_weight, lsq, lsq_plus_activation, minmax_weight, pact
 
 from fat_plugins import ConfigError, TensorSpec, algorithms, get_algorithm
 
@@ -54,9 +54,12 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"estimator": "full", "act_estimator": "full", "normalization": "raw", "gate_gradient": "raw"},
     ],
     "rq": [{}, {"straight_through": True, "local_grid": False, "init": "mse", "temperature": 0.5}],
+    "dorefa": [{}, {"restore_scale": True}],
+    "pact": [{}, {"alpha": None}],
+    "lsq_plus": [{}, {"train_float_offset": True}],
 }
 #: these keep tensors of their own transformation for the backward
-TRANSFORMS_WEIGHTS = {"fat"}
+TRANSFORMS_WEIGHTS = {"fat", "dorefa", "pact"}
 BITS = (2, 3, 4, 8)
 
 
@@ -226,11 +229,40 @@ def _rq(quantizer, x, grad):
     return r["out"], r["dx"], _grid_gradients(quantizer, x, r, alpha, sigma)
 
 
+def _dorefa_weight(quantizer, x, grad):
+    r = dorefa_weight(x, quantizer.spec.bits, quantizer.restore, grad)
+    return r["wq"], r["dw"], {}
+
+
+def _dorefa_activation(quantizer, x, grad):
+    r = pact(x, 1.0, quantizer.spec.bits, quantizer.signed, grad)
+    inside = (x >= (-1 if quantizer.signed else 0)) & (x <= 1)
+    return r["xq"], grad * inside, {}
+
+
+def _pact_activation(quantizer, x, grad):
+    r = pact(x, quantizer.alpha.item(), quantizer.spec.bits, quantizer.signed, grad)
+    return r["xq"], r["dx"], {"alpha": r["dalpha"]}
+
+
+def _lsq_plus_activation(quantizer, x, grad):
+    rounded = not (quantizer.training and quantizer.params.train_float_offset)
+    g = 1 / np.sqrt(x.size / x.shape[0] * (2**quantizer.spec.bits - 1))
+    r = lsq_plus_activation(x, quantizer.step.item(), quantizer.beta.item(), quantizer.spec.bits, rounded, g, grad)
+    return r["xq"], r["dx"], {"step": r["ds"], "beta": r["dbeta"]}
+
+
 REFERENCES = {
     ("dropbits", "weight"): _dropbits,
     ("dropbits", "activation"): _dropbits,
     ("rq", "weight"): _rq,
     ("rq", "activation"): _rq,
+    ("dorefa", "weight"): _dorefa_weight,
+    ("dorefa", "activation"): _dorefa_activation,
+    ("pact", "weight"): _dorefa_weight,
+    ("pact", "activation"): _pact_activation,
+    ("lsq_plus", "weight"): _lsq_weight,
+    ("lsq_plus", "activation"): _lsq_plus_activation,
     ("fat", "weight"): _fat_weight,
     ("fat", "activation"): _fat_activation,
     ("lsq", "weight"): _lsq_weight,
@@ -241,12 +273,20 @@ REFERENCES = {
 
 
 def clip_is_given(case: Case) -> bool:
-    """Whether the highest level of an activation is not the end of the range that calibration saw."""
-    if case.algorithm == "rq":
-        return case.params.get("init", "rq") == "rq"
-    return case.params.get("init") == "rq" or "activation_alpha" in case.params
+    """Whether the range of an activation does not come from calibration."""
+    if case.algorithm == "pact":
+        return case.params.get("alpha", 10.0) is not None
+    return case.algorithm == "dorefa" or "activation_alpha" in case.params
+
+
+def widens_ranges(case: Case) -> bool:
+    """Whether the highest level of an activation is meant to lie beyond the range that calibration saw."""
+    return case.params.get("init", "rq" if case.algorithm == "rq" else "mse") == "rq"
 
 
 def scale_invariant(case: Case) -> bool:
     """Whether the codes do not change when the tensor is multiplied by a power of two before calibration."""
-    return not (case.params.get("transform") == "uniquant" or "activation_alpha" in case.params)
+    if case.role == "activation":
+        return not clip_is_given(case)
+    # tanh is no linear function
+    return case.params.get("transform") != "uniquant" and case.algorithm not in ("dorefa", "pact")

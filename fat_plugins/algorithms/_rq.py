@@ -22,7 +22,7 @@ from fat_plugins.quantizer import ActivationQuantizer, FrozenTensor, Params, Ten
 _LOWEST, _HIGHEST = 1e-12, 1e36  # of alpha; an all-zero tensor would give 0 (section 10.10)
 #: beyond an argument of this size a sigmoid is its limit, to 1e-13
 _SATURATED = 30.0
-#: no exponent is smaller: squares of less are denormal float32 numbers, which are slow. Enough for the cell at the end
+#: no exponent of float32 numbers is smaller: squares of less are denormal, which is slow. Enough for the cell at the end
 #: of the grid and a value at the end of :func:`position`, since rho <= 20; other probabilities end at 1e-13
 _LOWEST_EXPONENT = -40.0
 #: sigma stays within alpha / 20 .. alpha (section 10.3)
@@ -48,6 +48,11 @@ def position(x: Tensor, alpha: Tensor, rho: Tensor, low: int, high: int) -> Tens
     return torch.minimum(torch.maximum(wide(x) / alpha, low - reach), high + reach)
 
 
+def _decay(t: Tensor) -> Tensor:
+    """``exp(t)`` for ``t`` below 0, or not far above."""
+    return torch.exp(t.clamp_min(_LOWEST_EXPONENT) if t.dtype == torch.float32 else t)
+
+
 def cell(r: Tensor, rho: Tensor, point: Tensor | float) -> tuple[Tensor, Tensor]:
     """``raw = F(k + 1/2) - F(k - 1/2)`` of section 3.1 without its subtraction, for the point ``k``.
 
@@ -58,7 +63,7 @@ def cell(r: Tensor, rho: Tensor, point: Tensor | float) -> tuple[Tensor, Tensor]
     """
     distance = r - point
     t = distance.abs() * rho
-    q = torch.exp((-t).clamp_min(_LOWEST_EXPONENT))
+    q = _decay(-t)
     denominator = 1 + q * (q + 2 * torch.cosh(rho / 2))
     raw = 2 * torch.sinh(rho / 2) * q / denominator
     return raw, torch.sign(distance) * (1 - q * q) / denominator
@@ -82,7 +87,7 @@ def grid_mass(r: Tensor, rho: Tensor, low: int, high: int, truncated: bool) -> S
     if not truncated:
         return Slopes(torch.ones_like(r), 0.0, 0.0, 0.0)
     a, b = (low - 0.5 - r) * rho, (high + 0.5 - r) * rho
-    below, above = torch.exp(a.clamp_min(_LOWEST_EXPONENT)), torch.exp((-b).clamp_min(_LOWEST_EXPONENT))
+    below, above = _decay(a), _decay(-b)
     n = (high - low + 1) * rho
     mass = -torch.expm1(-n) / ((1 + below) * (1 + above))
     below, above, width = below / (1 + below), above / (1 + above), n / torch.expm1(n)
