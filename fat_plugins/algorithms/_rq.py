@@ -22,8 +22,8 @@ from fat_plugins.quantizer import ActivationQuantizer, FrozenTensor, Params, Ten
 _LOWEST, _HIGHEST = 1e-12, 1e36  # of alpha; an all-zero tensor would give 0 (section 10.10)
 #: beyond an argument of this size a sigmoid is its limit, to 1e-13
 _SATURATED = 30.0
-#: no exponent of float32 numbers is smaller: squares of less are denormal, which is slow. Enough for the cell at the end
-#: of the grid and a value at the end of :func:`position`, since rho <= 20; other probabilities end at 1e-13
+#: no exponent of float32 numbers is smaller: squares of less are denormal, which is slow. Enough for the cell at the
+#: end of the grid and a value at the end of :func:`position`, since rho <= 20; other probabilities end at 1e-13
 _LOWEST_EXPONENT = -40.0
 #: sigma stays within alpha / 20 .. alpha (section 10.3)
 _LEAST_SIGMA = math.log(20.0)
