@@ -4,6 +4,7 @@ import fat_plugins.algorithms  # before the function of that name, which a later
 from fat_plugins.config import CompressionConfig
 from fat_plugins.errors import CheckpointError, ConfigError, ExportError, FatPluginsError, HostError, QuantizationError
 from fat_plugins.functional import get_backend, set_backend
+from fat_plugins.norms import reestimate_batch_norms
 from fat_plugins.quantizer import (
     ActivationQuantizer,
     Coordinator,
@@ -41,6 +42,7 @@ __all__ = [
     "get_backend",
     "named_quantizers",
     "param_groups",
+    "reestimate_batch_norms",
     "regularization",
     "set_backend",
     "set_progress",

@@ -155,6 +155,17 @@ class Quantizer(nn.Module):
         """Whether codes reach below zero."""
         return self._signed
 
+    @property
+    def bits(self) -> int:
+        """Bit width in force: that of the deployed form. Below ``spec.bits`` where an algorithm has learned it."""
+        return self.spec.bits
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the training forward draws random numbers, so that batch norms gather statistics of another
+        function than the deployed one (see :func:`fat_plugins.norms.reestimate_batch_norms`)."""
+        return False
+
     def reset_calibration(self) -> None:
         """Forget the calibration: the next one starts anew."""
         self._set_status(calibrated=False)
@@ -242,7 +253,7 @@ class Quantizer(nn.Module):
             raise QuantizationError(f"{self.spec.name or self.role}: {what} holds NaN or infinite values")
 
     def extra_repr(self) -> str:
-        return f"{self.spec.name or self.role}, bits={self.spec.bits}"
+        return f"{self.spec.name or self.role}, bits={self.bits}"
 
 
 class WeightQuantizer(Quantizer):

@@ -1,5 +1,6 @@
 """Float64 references in numpy, written from the specifications (fat.md sections 3 to 5, baselines.md sections 3 to 6,
 bitat.md sections 3 to 5).
+dropbits.md sections 3 and 4).
 
 They share no code with the package: full complex DFTs, explicit level searches, hand-derived gradients.
 """
@@ -163,6 +164,71 @@ def bitat_metric(x, eps=1e-4):
     values, vectors = np.linalg.eigh(sigma)
     level = np.trace(sigma) / len(sigma)
     return vectors @ np.diag(np.maximum(values / level, eps)) @ vectors.T, level, mu
+
+
+def log_sigmoid(x):
+    return -np.logaddexp(0.0, -x)
+
+
+def categorical(x, alpha, sigma, low, high, truncated=True):
+    """pi of dropbits.md section 3.1 (stable form) and its derivatives by x, alpha and sigma (section 4.1, closed
+    forms), all of the shape of ``x`` with one more axis for the points; and the points."""
+    k = np.arange(low, high + 1, dtype=np.float64)
+    r = np.asarray(x, dtype=np.float64)[..., None]
+    a, b = (alpha * (k - 0.5) - r) / sigma, (alpha * (k + 0.5) - r) / sigma
+    below, above = np.exp(log_sigmoid(a)), np.exp(log_sigmoid(-b))
+    logits = log_sigmoid(b) + log_sigmoid(-a)
+    dl = {
+        "x": (below - above) / sigma,
+        "alpha": ((k + 0.5) * above - (k - 0.5) * below) / sigma,
+        "sigma": (a * below - b * above) / sigma,
+    }
+    if truncated:
+        pi = np.exp(logits - logits.max(-1, keepdims=True))
+        pi /= pi.sum(-1, keepdims=True)
+        return pi, {n: pi * (d - (pi * d).sum(-1, keepdims=True)) for n, d in dl.items()}, k
+    e = np.exp(-alpha / sigma)
+    pi = np.exp(logits) * (1 - e)
+    c = {"x": 0.0, "alpha": e / (1 - e) / sigma, "sigma": -alpha / sigma**2 * e / (1 - e)}
+    return pi, {n: pi * (d + c[n]) for n, d in dl.items()}, k
+
+
+def cpq(x, alpha, sigma, low, high, grad, estimator="imax", truncated=True, mask=None, rule="expected"):
+    """Quantizer of dropbits.md sections 3.3 to 4.2, all points at once.
+
+    :return: dict with ``out``, ``codes``, ``dx``, ``dalpha``, ``dsigma`` and, with ``mask``, ``dmask``.
+    """
+    pi, dpi, k = categorical(x, alpha, sigma, low, high, truncated)
+    if mask is None:
+        codes = np.clip(np.round(x / alpha), low, high)
+    else:
+        codes = k[np.where(mask > 0, mask * pi, -1).argmax(-1)]
+    hard, out = (k == codes[..., None]).astype(float), {"codes": codes, "out": alpha * codes}
+    g = grad[..., None]
+    if mask is not None:
+        m = mask
+        if rule == "expected":
+            mass = np.maximum((m * pi).sum(-1, keepdims=True), 1e-6)
+            kept = (m * pi).sum(-1, keepdims=True) >= 1e-6
+            p = m * pi / mass
+            ge = (alpha * k * p).sum(-1, keepdims=True)
+            out["dmask"] = (g * pi * (alpha * k - kept * ge) / mass).reshape(-1, k.size).sum(0)
+            dpi = {n: m * d / mass - kept * p * (m * d).sum(-1, keepdims=True) / mass for n, d in dpi.items()}
+        else:
+            chosen = 1.0 if estimator == "full" else hard
+            out["dmask"] = (g * alpha * k * pi * chosen).reshape(-1, k.size).sum(0)
+            dpi = {n: m * d for n, d in dpi.items()}
+    if estimator == "ste":
+        r = x / alpha
+        inside = (r >= low) & (r <= high)
+        out.update(dx=grad * inside, dalpha=(grad * (codes - np.clip(r, low, high) * inside)).sum(), dsigma=0.0)
+        return out
+    y = hard if estimator == "imax" else 1.0
+    by = {n: (alpha * k * y * d).sum(-1) for n, d in dpi.items()}
+    out.update(
+        dx=grad * by["x"], dalpha=(grad * (codes + by["alpha"])).sum(), dsigma=(grad * by["sigma"]).sum()
+    )  # fmt: skip
+    return out
 
 
 def dorefa_weight(w, bits, restore=False, grad=None):

@@ -19,6 +19,7 @@ from references import (
     minmax_weight,
     pact,
 )
+from references import cpq, dorefa_weight, fat_activation, fat_weight, lsq, lsq_plus_activation, minmax_weight, pact
 
 from fat_plugins import ConfigError, TensorSpec, algorithms, get_algorithm
 
@@ -57,6 +58,14 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"restore_scale": True, "activation_alpha": 2.0},
     ],
     "minmax": [{}, {"momentum": 0.5}],
+    "dropbits": [
+        {},
+        {"normalization": "raw", "mask": "none"},
+        {"estimator": "full", "act_estimator": "full", "mask": "hierarchical"},
+        {"estimator": "ste", "act_estimator": "ste", "init": "rq", "mask": "endpoints", "gates": "bernoulli"},
+        {"estimator": "full", "act_estimator": "full", "normalization": "raw", "gate_gradient": "raw"},
+    ],
+    "rq": [{}, {"straight_through": True, "local_grid": False, "init": "mse", "temperature": 0.5}],
     "dorefa": [{}, {"restore_scale": True}],
     "pact": [{}, {"alpha": None}],
     "lsq_plus": [{}, {"train_float_offset": True}],
@@ -214,6 +223,41 @@ def _bitat_weight(quantizer, x, grad):
 def _bitat_activation(quantizer, x, grad):
     r = bitat_activation(x, quantizer.beta.detach().numpy(), grad)
     return r["xhat"], r["dx"], {"beta": r["dbeta"]}
+def _noise_scale(quantizer, dsigma):
+    """Sigma within alpha / 20 .. alpha, and the gradient of its logarithm, which is dropped where it leads outward."""
+    alpha, sigma = np.exp(quantizer.log_alpha.item()), np.exp(quantizer.log_sigma.item())
+    if dsigma is None:
+        return alpha, float(np.clip(sigma, alpha / 20, alpha))
+    outward = (sigma < alpha / 20 and dsigma > 0) or (sigma > alpha and dsigma < 0)
+    return np.asarray([0.0 if outward else dsigma])
+
+
+def _grid_gradients(quantizer, x, r, alpha, sigma):
+    """Gradients of the two logarithms, with the factor of a tensor's size."""
+    _, high = quantizer.bounds
+    count = x.size if quantizer.role == "weight" else x.size / x.shape[0]
+    g = 1 / np.sqrt(count * high)
+    return {
+        "log_alpha": np.asarray([r["dalpha"] * alpha * g]),
+        "log_sigma": _noise_scale(quantizer, r["dsigma"] * sigma * g),
+    }
+
+
+def _dropbits(quantizer, x, grad):
+    p = quantizer.params
+    alpha, sigma = _noise_scale(quantizer, None)
+    estimator = p.estimator if quantizer.role == "weight" else p.act_estimator
+    r = cpq(x, alpha, sigma, *quantizer.bounds, grad, estimator, p.normalization == "truncated")
+    gradients = _grid_gradients(quantizer, x, r, alpha, sigma)
+    if "phi" in dict(quantizer.named_parameters()):  # evaluation knows no masks
+        gradients["phi"] = np.zeros(quantizer.phi.shape)
+    return r["out"], r["dx"], gradients
+
+
+def _rq(quantizer, x, grad):
+    alpha, sigma = _noise_scale(quantizer, None)
+    r = cpq(x, alpha, sigma, *quantizer.bounds, grad, "ste")  # evaluation draws no noise
+    return r["out"], r["dx"], _grid_gradients(quantizer, x, r, alpha, sigma)
 
 
 def _dorefa_weight(quantizer, x, grad):
@@ -242,6 +286,10 @@ def _lsq_plus_activation(quantizer, x, grad):
 REFERENCES = {
     ("bitat", "weight"): _bitat_weight,
     ("bitat", "activation"): _bitat_activation,
+    ("dropbits", "weight"): _dropbits,
+    ("dropbits", "activation"): _dropbits,
+    ("rq", "weight"): _rq,
+    ("rq", "activation"): _rq,
     ("dorefa", "weight"): _dorefa_weight,
     ("dorefa", "activation"): _dorefa_activation,
     ("pact", "weight"): _dorefa_weight,
@@ -262,6 +310,11 @@ def clip_is_given(case: Case) -> bool:
     if case.algorithm == "pact":
         return case.params.get("alpha", 10.0) is not None
     return case.algorithm in FIXED_VALUES or "activation_alpha" in case.params
+
+
+def widens_ranges(case: Case) -> bool:
+    """Whether the highest level of an activation is meant to lie beyond the range that calibration saw."""
+    return case.params.get("init", "rq" if case.algorithm == "rq" else "mse") == "rq"
 
 
 def scale_invariant(case: Case) -> bool:

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from fat_plugins.errors import FatPluginsError
+from fat_plugins.norms import has_noise, reestimate_batch_norms
 from fat_plugins.quantizer import param_groups
 from fat_plugins.recipes.data import Data
 from fat_plugins.recipes.progress import Reporter
@@ -21,6 +22,8 @@ from fat_plugins.recipes.schema import OptimizerSection, ScheduleSection, TrainS
 
 #: steps between two readings of the running loss, each of which waits for the device
 READ_EVERY = 10
+#: batches that batch norms see again before an evaluation, where quantizers train with noise
+NORM_BATCHES = 32
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,8 @@ def fit(
                 raise FatPluginsError(
                     f"{title}: the loss is {train_loss} in epoch {epoch + 1}; lower the learning rate"
                 )
+            if has_noise(model):  # the norms' statistics are those of the noisy network
+                reestimate_batch_norms(model, data.calibration_loader(batch_size), NORM_BATCHES)
             lr = base[0] * lr_factor(section.schedule, section.epochs, epoch)
             record = EpochRecord(epoch, lr, train_loss, train_accuracy, *evaluate(model, validation))
             records.append(record)

@@ -98,6 +98,7 @@ class WeightTensorQuant(_Wrapper):
         super().__init__(quantizer, delay)
         self.container: Container | None = None
         self._ready = False
+        self._bits = quantizer.bits
 
     def forget(self) -> None:
         self._ready = False
@@ -110,7 +111,7 @@ class WeightTensorQuant(_Wrapper):
     @torch.no_grad()
     def prepare(self, weight: Tensor) -> Container | None:
         """Calibrate if need be and learn the integer type of the deployed form."""
-        if not self._ready:
+        if not self._ready or self._bits != self.quantizer.bits:  # an algorithm may learn its width
             weight = weight.detach()
             if not self.quantizer.calibrated:
                 self.quantizer.calibrate(weight)
@@ -118,7 +119,7 @@ class WeightTensorQuant(_Wrapper):
             self.container = container_of(form)
             if self.container is not None:
                 self._bit_width.fill_(self.container.bits)
-            self._ready = True
+            self._ready, self._bits = True, self.quantizer.bits
         return self.container
 
     def forward(self, x: Tensor) -> Quantized:

@@ -164,6 +164,15 @@ class PluginQuantizer(BaseQuantizer):
 
     # -- what NNCF asks about a quantizer ----------------------------------------------------------------------------
     @property
+    def num_bits(self) -> int:
+        """The width in force, which an algorithm may have learned; that of the specification while NNCF builds us."""
+        return self.core.bits if "core" in self._modules else BaseQuantizer.num_bits.fget(self)
+
+    @num_bits.setter
+    def num_bits(self, bits: int) -> None:
+        BaseQuantizer.num_bits.fset(self, bits)
+
+    @property
     def signed(self) -> bool:
         return self.core.signed
 
@@ -175,14 +184,14 @@ class PluginQuantizer(BaseQuantizer):
         return self.core.freeze(torch.ones(self.spec.shape, device=self.core.status.device)).form.scale.numel() > 1
 
     def set_levels(self) -> None:
-        bits, signed = self.spec.bits, self.signed
+        bits, signed = self.core.bits, self.signed
         self.level_low, self.level_high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
     def get_trainable_params(self) -> dict[str, Tensor]:
         return dict(self.core.named_parameters())
 
     def get_quantizer_config(self) -> QuantizerConfig:
-        return QuantizerConfig(self.spec.bits, QuantizationScheme.SYMMETRIC, self.signed, self.per_channel)
+        return QuantizerConfig(self.core.bits, QuantizationScheme.SYMMETRIC, self.signed, self.per_channel)
 
     def _apply_minmax_init(self, min_values: Tensor, max_values: Tensor, log_module_name: str | None = None) -> None:
         # weights are calibrated from the weight itself, once the masks of other algorithms are in place
@@ -273,4 +282,4 @@ class PluginQuantizer(BaseQuantizer):
         return form
 
     def extra_repr(self) -> str:
-        return f"bit={self.spec.bits}"
+        return f"bit={self.core.bits}"

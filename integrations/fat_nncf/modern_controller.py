@@ -229,7 +229,8 @@ class Controller:
             elif hook.core.calibrated:
                 form = form_kind(hook.core.form())
             spec = hook.core.spec
-            tensors.append(TensorStatistics(spec.name, spec.role, hook.algorithm, spec.bits, form, elements, zeros))
+            bits = hook.core.bits  # the width in force, which an algorithm may have learned
+            tensors.append(TensorStatistics(spec.name, spec.role, hook.algorithm, bits, form, elements, zeros))
         if self._sparsity is None:
             return Statistics(tensors)
         level = nncf.pruning_statistic(self._model).pruning_ratio
@@ -239,16 +240,14 @@ class Controller:
     def compression_rate(self) -> float:
         """Share of the quantized weights' float32 bits that is saved, between 0 and 1."""
         sizes = [
-            (parameter(self._model, h.tensor).numel(), h.core.spec.bits)
-            for h in plugin_hooks(self._model)
-            if is_weight(h)
+            (parameter(self._model, h.tensor).numel(), h.core.bits) for h in plugin_hooks(self._model) if is_weight(h)
         ]
         total = sum(n for n, _ in sizes)
         return 1.0 - sum(n * bits for n, bits in sizes) / (32 * total) if total else 0.0
 
     @property
     def maximal_compression_rate(self) -> float:
-        """The bits are fixed by the config, so this is :attr:`compression_rate`."""
+        """The bits are those of the config or were learned, so this is :attr:`compression_rate`."""
         return self.compression_rate
 
     # -- deployment --------------------------------------------------------------------------------------------------
