@@ -219,6 +219,10 @@ class WeightQuantizer(Quantizer):
     needs_input: ClassVar[bool] = False
     #: ``quantize`` works element by element, so also on a part of the input channels (GPTQ hands out columns)
     accepts_slices: ClassVar[bool] = False
+    #: once calibrated, the quantizer's own parameters are the weight: see :meth:`fold_into`
+    owns_weight: ClassVar[bool] = False
+    #: whether 0 is a level; without it the zeros of a sparsity algorithm are refused
+    has_zero: ClassVar[bool] = True
 
     def __init__(self, spec: TensorSpec, params: Params) -> None:
         where = spec.name or "weight"
@@ -228,6 +232,8 @@ class WeightQuantizer(Quantizer):
             raise QuantizationError(
                 f"{where}: channel axis {spec.channel_axis} is outside a weight of shape {list(spec.shape)}"
             )
+        if spec.keep_zeros and not self.has_zero:
+            raise QuantizationError(f"{where}: the grid has no zero, so sparsity cannot be kept")
         super().__init__(spec, params)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -241,12 +247,15 @@ class WeightQuantizer(Quantizer):
         return keep_zeros(out, weight) if self.spec.keep_zeros else out
 
     def calibrate(self, weight: Tensor) -> None:
-        """Initialise from the float weight, once.
+        """Initialise from the float weight, once. A quantizer that owns the weight ignores a second call, until
+        :meth:`reset_calibration`: the float weight is gone.
 
         :raises QuantizationError: the weight is empty or holds NaN or infinite values.
         """
         if weight.numel() == 0:
             raise QuantizationError(f"{self.spec.name or 'weight'}: cannot quantize an empty tensor")
+        if self.owns_weight and self.calibrated:
+            return
         self._refuse_nonfinite(weight, "weight")
         with torch.no_grad():
             self.init_from_weight(weight.detach())
@@ -254,6 +263,21 @@ class WeightQuantizer(Quantizer):
 
     def init_from_weight(self, weight: Tensor) -> None:
         """Algorithm's own initialisation; default: nothing depends on the weight."""
+
+    @torch.no_grad()
+    def fold_into(self, parameter: Tensor) -> None:
+        """Where :attr:`owns_weight`: take the host's parameter out of training and write the quantized weight into it.
+
+        :meth:`quantize` reads nothing of that parameter but its dtype. Adapters call this when initialisation is over,
+        after rebuilding a model from a saved description (nothing is written before calibration), and before the
+        parameter is saved or deployed. Does nothing for other quantizers.
+        """
+        if not self.owns_weight:
+            return
+        parameter.requires_grad_(False)
+        if self.calibrated:
+            codes, form = self.freeze_codes(parameter)
+            parameter.copy_(form.decode(codes))
 
     def observe_input(self, x: Tensor) -> None:
         """Receives the input of the weight's layer, when :attr:`needs_input`."""
@@ -281,7 +305,7 @@ class WeightQuantizer(Quantizer):
         frozen = self.freeze_codes(weight.detach())
         if self.spec.keep_zeros:
             zero = frozen.form.encode(torch.zeros_like(weight))
-            if bool(frozen.form.integers(zero).any()):
+            if bool(frozen.form.decode(zero).any()):
                 raise QuantizationError(f"{self.spec.name}: the grid has no zero, so sparsity cannot be kept")
             frozen = FrozenTensor(torch.where(weight == 0, zero, frozen.codes), frozen.form)
         return frozen

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from references import fat_activation, fat_weight, lsq, minmax_weight
+from references import direct_activation, direct_levels, direct_weight, fat_activation, fat_weight, lsq, minmax_weight
 
 from fat_plugins import ConfigError, TensorSpec, algorithms, get_algorithm
 
@@ -36,6 +36,12 @@ CONV = LAYERS[0]
 
 #: parameter sets to exercise, beside the defaults
 OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "direct": [
+        {},
+        {"levels": "tied", "channel_cap": 3.0},
+        {"z_grad": "normalized", "channel_weight": "l21", "optimizer": "sgd"},
+        {"levels": "tied", "channel_weight": "none", "z_grad": "normalized"},
+    ],
     "fat": [
         {},
         {"levels": "power_of_two"},
@@ -124,7 +130,10 @@ def run(quantizer, x: torch.Tensor, grad: torch.Tensor | None = None) -> dict[st
     if grad is not None:
         quantizer.zero_grad()
         out.backward(grad)
-        result["dx"] = x.grad
+        # a quantizer that owns the weight gives the host's parameter no gradient at all
+        owned = getattr(quantizer, "owns_weight", False)
+        assert not (owned and x.grad is not None)
+        result["dx"] = torch.zeros_like(x) if owned else x.grad
         result["params"] = {n: p.grad for n, p in quantizer.named_parameters()}
     return result
 
@@ -149,6 +158,19 @@ def _fat_activation(quantizer, x, grad):
         x, quantizer.alpha.item(), quantizer.spec.bits, params.levels, params.variant, quantizer.signed, grad
     )
     return r["xq"], r["dx"], {"alpha": r["dalpha"]}
+
+
+def _direct_weight(quantizer, x, grad):
+    axis = quantizer.spec.channel_axis
+    z, basis = quantizer.z.detach().numpy(), quantizer.basis.detach().numpy()
+    rows = np.moveaxis(grad, axis, 0)
+    out, dz, dbasis = direct_weight(z, basis, rows.reshape(len(rows), -1), quantizer.params.z_grad == "normalized")
+    return np.moveaxis(out.reshape(rows.shape), 0, axis), np.zeros_like(x), {"z": dz, "basis": dbasis}
+
+
+def _direct_activation(quantizer, x, grad):
+    levels = direct_levels(quantizer.basis.numpy(), quantizer.spec.bits, quantizer.signed, quantizer.tied)
+    return (*direct_activation(x, levels, quantizer.signed, grad), {})
 
 
 def _lsq_weight(quantizer, x, grad):
@@ -182,6 +204,8 @@ def _minmax_activation(quantizer, x, grad):
 
 
 REFERENCES = {
+    ("direct", "weight"): _direct_weight,
+    ("direct", "activation"): _direct_activation,
     ("fat", "weight"): _fat_weight,
     ("fat", "activation"): _fat_activation,
     ("lsq", "weight"): _lsq_weight,
