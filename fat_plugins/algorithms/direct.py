@@ -28,7 +28,7 @@ from fat_plugins.algorithms._direct_fit import (
 )
 from fat_plugins.errors import ConfigError
 from fat_plugins.forms import Codebook, Form, Staircase, SumOfGrids, UniformGrid
-from fat_plugins.functional import fake_quantize, level_quantize, per_channel_view, wide
+from fat_plugins.functional import fake_quantize, level_quantize, wide
 from fat_plugins.quantizer import ActivationQuantizer, FrozenTensor, Params, TensorSpec, WeightQuantizer
 from fat_plugins.registry import Algorithm
 
@@ -404,6 +404,4 @@ class Direct(Algorithm):
         """Also refuses a grid under levels that are evenly spaced already."""
         super().check(spec, params)
         if getattr(params, "grid", None) is not None and params.levels == "tied":
-            raise ConfigError(
-                f"{spec.name or spec.role}: params.grid: levels 'tied' are integers already; leave it out"
-            )
+            raise ConfigError(f"{spec.name or spec.role}: params.grid: levels 'tied' are on a grid of their own")

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from fat_nncf import modern_deploy
 from fat_nncf.modern_data import device_of
-from fat_nncf.modern_hooks import COORDINATORS, cores, is_weight, parameter, plugin_hooks, quantizer_input
+from fat_nncf.modern_hooks import (
+    COORDINATORS,
+    cores,
+    fold_weights,
+    is_weight,
+    parameter,
+    plugin_hooks,
+    quantizer_input,
+)
 from fat_nncf.modern_sparsity import Sparsity
 from fat_nncf.modern_state import BUILDER, CONTROLLER, builder_state, check_state
 from fat_plugins.errors import CheckpointError, ConfigError
@@ -175,6 +183,7 @@ class Controller:
     # -- state -------------------------------------------------------------------------------------------------------
     def get_compression_state(self) -> dict[str, Any]:
         """JSON-ready; pass it to ``create_compressed_model`` with a fresh model, then load the state dict."""
+        fold_weights(self._model)
         own = {"scheduler": self.scheduler.get_state()}
         return {BUILDER: builder_state(self._model), CONTROLLER: {self._algorithm: own}}
 
