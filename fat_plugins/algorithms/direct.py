@@ -127,7 +127,7 @@ class DirectWeight(WeightQuantizer):
 
     def __init__(self, spec: TensorSpec, params: DirectParams) -> None:
         super().__init__(spec, params)
-        self.tied = params.levels == "tied"
+        self.tied = params.levels == "tied" or spec.bits == 1  # one bit is evenly spaced as it is
         channels = spec.shape[spec.channel_axis]
         count = torch.Size(spec.shape).numel() // channels
         self.columns = 1 if spec.per_channel is False else channels
@@ -169,7 +169,7 @@ class DirectWeight(WeightQuantizer):
 
     @property
     def _snapped(self) -> bool:
-        return self.params.grid is not None and not self.tied and self.spec.bits > 1
+        return self.params.grid is not None and not self.tied
 
     def _shaped(self, rows: Tensor) -> Tensor:
         """C x n as the host has it."""
@@ -188,7 +188,7 @@ class DirectWeight(WeightQuantizer):
             form: Form = UniformGrid(8, True, True, self._scale(), axis)
             rows = _BinarySum.apply(self.z.detach(), self.basis.detach(), False)
             codes = torch.round(rows / self._scale().unsqueeze(-1)).clamp(-127, 127)
-        elif self.tied or bits == 1:
+        elif self.tied:
             levels = 2 * torch.arange(2**bits, device=values.device) - (2**bits - 1)
             form = Codebook(bits, levels, values[0], axis)
             codes = sum(plane << k for k, plane in enumerate(planes))
@@ -253,7 +253,7 @@ class DirectActivation(ActivationQuantizer):
 
     def __init__(self, spec: TensorSpec, params: DirectParams) -> None:
         super().__init__(spec, params)
-        self.tied = params.levels == "tied"
+        self.tied = params.levels == "tied" or spec.bits == 1
         # both, since signedness may come from calibration; nothing in the state dict
         for signed in (False, True):
             codes = basis_codes(spec.bits, signed, self.tied)
