@@ -374,6 +374,13 @@ class ActivationQuantizer(Quantizer):
         """The deployed form; ``form.decode(form.encode(x))`` equals the evaluation forward bit for bit."""
         raise NotImplementedError
 
+    def grid_scale(self) -> Tensor:
+        """Scale of the deployed form, 1-d and without gradient, for hosts that pass it along in training.
+
+        Override it where :meth:`form` stalls the device.
+        """
+        return self.form().scale
+
 
 class Coordinator(nn.Module):
     """For methods that act on the whole network (stages, coupled losses, one bit budget). Host-agnostic.

@@ -193,9 +193,11 @@ class FATActivation(ActivationQuantizer):
         grid, scale = self._grid_and_scale()
         return grid.fake_quantize(x, scale, clip_x_grad=True, residual=self.params.variant == "cifar")
 
+    def grid_scale(self) -> Tensor:
+        return wide(self._grid_and_scale()[1].detach()).reshape(1)
+
     def form(self) -> Form:
-        grid, scale = self._grid_and_scale()
-        scale = wide(scale.detach()).reshape(1)
+        grid, scale = self._grid_and_scale()[0], self.grid_scale()
         if grid.power_of_two:
             return Staircase(self.spec.bits, grid.levels, grid.thresholds.double(), scale)
         return UniformGrid(self.spec.bits, self.signed, self.signed, scale, 1)

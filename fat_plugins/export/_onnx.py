@@ -83,7 +83,10 @@ class Dialect(Protocol):
         """Element type of a weight in the file and its bits."""
 
     def activation(self, graph: Graph, form: Form, source: str, out: str, entry: Entry) -> list[Any]:
-        """Add the nodes of a quantizer that reads ``source`` and gives ``out``; returns those that read ``source``."""
+        """Add the nodes of a quantizer that reads ``source`` and gives ``out``; returns those that read ``source``.
+
+        :raises ExportError: the dialect cannot hold it.
+        """
 
 
 @dataclass
@@ -118,6 +121,7 @@ def write(
     inputs = on_device(model, as_inputs(example_input))
     proto = _trace(model.eval(), inputs, dialect.opset, dynamic_batch)
     graph = Graph(proto)
+    graph.bypass_identities()
     entries = _entries(graph, model)
     dialect.prepare(graph, entries)
     _rewrite(graph, entries, dialect)
@@ -309,10 +313,10 @@ def _rewrite_use(
 ) -> dict[str, Any]:
     """Give one reader of a weight its constants; returns where they are."""
     is_layer = index == 1 and node.op_type in (*_LAYERS, "Gemm")
-    if is_layer and node.op_type == "Gemm":
-        node, perm = _matmul(graph, node, perm, layer)
-    parts = grids(entry.module.form, entry.module.codes.detach().cpu())
     own = graph.fresh(layer)
+    if is_layer and node.op_type == "Gemm":
+        node, perm = _matmul(graph, node, perm, own)
+    parts = grids(entry.module.form, entry.module.codes.detach().cpu())
     names = [f"{layer}.weight"] if len(parts) == 1 else [f"{layer}.weight.{i}" for i in range(len(parts))]
     tensors = []
     for (form, codes), name in zip(parts, names, strict=True):

@@ -20,11 +20,14 @@ from fat_plugins.export._onnx_graph import Graph, ModelFile, Runner, load, need,
 from fat_plugins.export._onnx_graph import execute as _execute
 from fat_plugins.export.common import ExportReport, first_line, largest_below
 from fat_plugins.export.verify import VerifyReport, compare
-from fat_plugins.forms import Codebook, Form, UniformGrid
+from fat_plugins.forms import Codebook, Form, Staircase, UniformGrid
 
 _DOMAIN = "qonnx.custom_op.general"
 #: FINN takes neither of them in front of an unsigned quantizer
 _CLIP = "a Clip stays in front of it, which FINN does not take"
+
+#: a step of several levels repeats its threshold up to this many in all; FINN builds no more than 8 bits anyway
+_MOST_THRESHOLDS = 255
 
 
 def export(
@@ -78,13 +81,12 @@ class _QONNX:
         by_tensor = {e.node.output[0]: e for e in entries if e.kind == "activation"}
         for node in [n for n in graph.nodes if n.op_type == "Clip" and len(n.input) == 3]:
             low, high = (graph.value(name) for name in node.input[1:])
-            behind = [by_tensor.get(n.output[0]) for n, _ in graph.readers(node.output[0])]
+            out = node.output[0]
+            behind = [by_tensor.get(n.output[0]) for n, _ in graph.readers(out)]
             if low is None or high is None or float(low) != 0 or not any(behind):
                 continue
-            if (
-                all(e and _saturates(e.module.form, float(high)) for e in behind)
-                and node.output[0] not in graph.output_names
-            ):
+            unseen = all(e and _saturates(e.module.form, float(high)) for e in behind)
+            if unseen and out not in graph.output_names:
                 node.op_type = "Relu"
                 del node.input[1:], node.attribute[:]
             else:
@@ -107,30 +109,28 @@ class _QONNX:
         if isinstance(form, Codebook) and form.levels.tolist() == [-1, 1]:
             graph.add("BipolarQuant", [constant, scale], out, out, domain=_DOMAIN)
             return out
-        low, high = (
-            (form.low, form.high) if isinstance(form, UniformGrid) else (int(form.levels[0]), int(form.levels[-1]))
-        )
-        narrow = isinstance(form, Codebook) or form.narrow
-        _quant(graph, constant, scale, out, name, _container(low, high, form.bits, narrow))
+        if isinstance(form, UniformGrid):
+            container = _container(form.low, form.high, form.bits, form.narrow)
+        else:
+            container = _container(int(form.levels[0]), int(form.levels[-1]), 1, True)
+        _quant(graph, constant, scale, out, name, container)
         return out
 
     def activation(self, graph: Graph, form: Form, source: str, out: str, entry: Entry) -> list[Any]:
         """``Quant`` for a uniform grid; ``MultiThreshold``, Add and Mul for any other steps."""
         rank = graph.rank(out)
+        if isinstance(form, UniformGrid) and form.signed and form.bits == 1:
+            form = _two_codes(form)
         if form.scale.numel() > 1:
             entry.notes.append("one scale per channel, which FINN does not take behind an activation")
             if rank is None or (rank not in (2, 4) and not isinstance(form, UniformGrid)):
-                raise ExportError(
-                    f"{entry.name}: thresholds per channel need a tensor of 2 or 4 dimensions, got {rank}"
-                )
-        scale = form.scale.detach().cpu().float().numpy()
-        view = channel_view(scale, rank or 1, form.channel_axis)
-        name = entry.name
-        if isinstance(form, UniformGrid):
-            where = graph.constant(f"{name}.scale", view)
-            bits = _container(form.low, form.high, form.bits, form.narrow)
-            return [_quant(graph, source, where, out, name, bits)]
-        return [_steps(graph, form, scale, view, source, out, name)]
+                raise ExportError(f"{entry.name}: thresholds per channel of a tensor of rank {rank}; allowed: 2, 4")
+        view = channel_view(form.scale.detach().cpu().float().numpy(), rank or 1, form.channel_axis)
+        if not isinstance(form, UniformGrid):
+            return _steps(graph, form, view, source, out, entry)
+        scale = graph.constant(f"{entry.name}.scale", view)
+        container = _container(form.low, form.high, form.bits, form.narrow)
+        return [_quant(graph, source, scale, out, entry.name, container)]
 
 
 def _saturates(form: Form, value: float) -> bool:
@@ -148,10 +148,16 @@ def _container(low: int, high: int, bits: int, narrow: bool) -> tuple[int, bool,
     """
     if low >= 0:
         bits = max(bits, high.bit_length(), 1)
-        return bits, False, narrow and high < 2**bits - 1 and bits > 1 and high == 2**bits - 2
+        return bits, False, narrow and high == 2**bits - 2
     while -(2 ** (bits - 1)) > low or 2 ** (bits - 1) - 1 < high or bits < 2:
         bits += 1
     return bits, True, narrow and low > -(2 ** (bits - 1))
+
+
+def _two_codes(form: UniformGrid) -> Staircase:
+    """A grid of the codes -1 and 0, which no Quant node has. Its tie, -0.5, is rounded to the upper code."""
+    tie = torch.nextafter(torch.tensor([-0.5]), torch.tensor([-1.0]))
+    return Staircase(1, torch.tensor([-1, 0]), tie.double(), form.scale, form.channel_axis)
 
 
 def _quant(graph: Graph, source: str, scale: str, out: str, name: str, container: tuple[int, bool, bool]) -> Any:
@@ -161,26 +167,48 @@ def _quant(graph: Graph, source: str, scale: str, out: str, name: str, container
     return graph.add("Quant", inputs, out, graph.fresh(f"{name}.quant"), domain=_DOMAIN, **how)
 
 
-def _steps(graph: Graph, form: Any, scale: np.ndarray, view: np.ndarray, source: str, out: str, name: str) -> Any:
+def _steps(graph: Graph, form: Any, view: np.ndarray, source: str, out: str, entry: Entry) -> list[Any]:
     """Count thresholds, add the lowest level, multiply by the scale. A step of several levels repeats its threshold."""
-    levels, scale = form.levels.detach().cpu().numpy(), scale.reshape(-1)
+    name, levels = entry.name, form.levels.detach().cpu().numpy()
+    scale = form.scale.detach().cpu().float().numpy().reshape(-1)
     # the smallest number above the threshold, since MultiThreshold counts those that are equal as well
     above = [np.nextafter(largest_below(t, scale), np.float32(np.inf)) for t in form.thresholds.cpu().double().tolist()]
-    table = np.repeat(np.stack(above, axis=1), np.diff(levels), axis=1)
-    count = int(levels[-1] - levels[0])
-    total = out if levels[0] == 0 and bool((scale == 1).all()) else graph.fresh(f"{name}.count")
-    table = graph.constant(f"{name}.thresholds", table)
-    how = {"out_dtype": "BINARY" if count == 1 else f"UINT{count.bit_length()}", "out_scale": 1.0, "out_bias": 0.0}
-    node = graph.fresh(f"{name}.threshold")
-    first = graph.add("MultiThreshold", [source, table], total, node, like=out, domain=_DOMAIN, **how)
+    table, gaps = np.stack(above, axis=1), np.diff(levels)
+    if gaps.sum() <= _MOST_THRESHOLDS:
+        counted, first = _count(graph, np.repeat(table, gaps, axis=1), source, out, name)
+        nodes = [first]
+    else:
+        span = f"levels {levels[0]} .. {levels[-1]} take more than {_MOST_THRESHOLDS} thresholds"
+        entry.notes.append(f"{span}: one MultiThreshold per height of a step, which FINN does not take")
+        counted, nodes = _count_by_height(graph, table, gaps, source, out, name)
     if levels[0] != 0:
-        lowest = graph.constant(f"{name}.lowest", float(levels[0]))
         shifted = graph.fresh(f"{name}.level")
-        graph.add("Add", [total, lowest], shifted, shifted, like=out)
-        total = shifted
-    if total != out:
-        graph.add("Mul", [total, graph.constant(f"{name}.scale", view)], out, graph.fresh(f"{name}.scaled"))
-    return first
+        graph.add("Add", [counted, graph.constant(f"{name}.lowest", float(levels[0]))], shifted, shifted, like=out)
+        counted = shifted
+    graph.add("Mul", [counted, graph.constant(f"{name}.scale", view)], out, graph.fresh(f"{name}.scaled"))
+    return nodes
+
+
+def _count(graph: Graph, table: np.ndarray, source: str, like: str, name: str) -> tuple[str, Any]:
+    """How many thresholds lie at or below each element: the tensor and its node."""
+    out, most = graph.fresh(f"{name}.count"), table.shape[1]
+    how = {"out_dtype": "BINARY" if most == 1 else f"UINT{most.bit_length()}", "out_scale": 1.0, "out_bias": 0.0}
+    inputs = [source, graph.constant(f"{name}.thresholds", table)]
+    node = graph.add("MultiThreshold", inputs, out, graph.fresh(f"{name}.threshold"), like=like, domain=_DOMAIN, **how)
+    return out, node
+
+
+def _count_by_height(
+    graph: Graph, table: np.ndarray, gaps: np.ndarray, source: str, like: str, name: str
+) -> tuple[str, list[Any]]:
+    """The same sum with every threshold once: counted apart for each height of a step, times that height."""
+    terms, nodes = [], []
+    for height in np.unique(gaps):
+        counted, node = _count(graph, table[:, gaps == height], source, like, f"{name}.{height}")
+        term = graph.fresh(f"{name}.{height}.height")
+        graph.add("Mul", [counted, graph.constant(f"{term}.value", float(height))], term, term, like=like)
+        terms, nodes = [*terms, term], [*nodes, node]
+    return graph.sum(terms, name, graph.info(like)), nodes
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -48,7 +48,10 @@ def container_of(form: Form) -> Container | None:
 
 def scale_view(form_scale: Tensor, ndim: int, axis: int) -> Tensor:
     """Scale of a form as Brevitas shapes it: a scalar, or one per channel that broadcasts to ``ndim`` dimensions."""
-    return form_scale.reshape(()) if form_scale.numel() == 1 else per_channel_view(form_scale, ndim, axis)
+    if form_scale.numel() == 1:
+        return form_scale.reshape(())
+    # Brevitas also asks with a scalar in the place of the tensor
+    return per_channel_view(form_scale, max(ndim, axis + 1), axis)
 
 
 class _Wrapper(nn.Module):
@@ -165,6 +168,8 @@ class ActTensorQuant(_Wrapper):
         self.counter = 0
         self._steps = self._own_steps = collect_stats_steps
         self.calibration_range = calibration_range
+        #: integer type of the form when it was last looked at; in training that would stall the device
+        self.container: Container | None = None
         #: set by Brevitas's calibration mode: collect, and pass the input on
         self.observer_only = False
 
@@ -179,6 +184,9 @@ class ActTensorQuant(_Wrapper):
             self.counter = 0
             self.reset()
         self._steps = steps
+
+    def forget(self) -> None:
+        self.container = None
 
     def init_scale(self) -> None:
         """End of Brevitas's calibration mode."""
@@ -198,13 +206,12 @@ class ActTensorQuant(_Wrapper):
                 clipped = self.calibration_range != (None, None)
                 quantizer.calibrate(x.detach().clamp(*self.calibration_range) if clipped else x)
             self.counter += 1
+            self.container = None  # calibration decides the sign
         if self.observer_only or not quantizer.calibrated or not quantizer.enabled:
             return x, None, None, None
-        form = quantizer.form()
-        container = container_of(form)
+        if not self.training or self.container is None:
+            self.container = container_of(quantizer.form())
         value = self._delayed(x, quantizer(x))
-        if container is None:
-            return value, None, None, None
-        bit_width = torch.full_like(self._bit_width, container.bits)
-        scale = scale_view(form.scale.to(x.dtype), max(x.ndim, 1), form.channel_axis)
+        bit_width = torch.full_like(self._bit_width, self.container.bits)
+        scale = scale_view(quantizer.grid_scale().to(x.dtype), x.ndim, quantizer.spec.channel_axis)
         return value, scale, self._zero_point, bit_width

@@ -8,6 +8,7 @@ The graph is traced and rewritten by Brevitas's own transforms.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +35,8 @@ from fat_plugins.quantizer import TensorSpec
 from fat_plugins.scopes import as_list
 
 #: calls that Brevitas's own list of functions with a module leaves out
-_FUNCTIONS = ((torch.relu, nn.ReLU), (torch.relu_, nn.ReLU), (torch.sigmoid, nn.Sigmoid), (torch.tanh, nn.Tanh))
-_METHODS = (("relu", nn.ReLU), ("relu_", nn.ReLU), ("sigmoid", nn.Sigmoid), ("tanh", nn.Tanh))
+_FUNCTIONS = ((torch.relu, nn.ReLU), (torch.relu_, nn.ReLU))
+_METHODS = (("relu", nn.ReLU), ("relu_", nn.ReLU))
 #: activation functions that become one Brevitas layer together with their quantizer, and the bound on calibration
 _FUSED: dict[type, float | None] = {nn.ReLU: None, nn.ReLU6: 6.0}
 _EQUALIZE_ITERATIONS = 20
@@ -78,7 +79,10 @@ def trace(model: nn.Module, *, merge_bn: bool, equalize: bool) -> Traced:
     model = copy.deepcopy(model).eval()
     modules = dict(model.named_modules())
     try:
-        graph = brevitas_symbolic_trace(model)
+        with warnings.catch_warnings():
+            # a name of torch's that Brevitas's tracer still uses
+            warnings.filterwarnings("ignore", ".treespec.children_specs.", FutureWarning)
+            graph = brevitas_symbolic_trace(model)
         _free_names(graph)
         for rewrite in (
             TorchFunctionalToModule(),
@@ -178,7 +182,7 @@ class Placement:
     def _sites(self) -> Iterator[Site]:
         for node in self.traced.nodes:
             producer = node.op in ("placeholder", "call_module", "call_function", "call_method")
-            if not producer or self.traced.is_agnostic(node) or self.traced.is_shape(node):
+            if not producer or self.traced.is_agnostic(node) or self.traced.gives_no_tensor(node):
                 continue
             if node.op == "placeholder" and not self.config.quantize_inputs:
                 continue

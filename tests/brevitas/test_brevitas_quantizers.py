@@ -354,15 +354,16 @@ def test_compiled_layers_equal_eager_ones(layer):
     assert torch.equal(made(x), expected)
 
 
-def test_no_synchronisation_in_a_training_step(no_host_sync):
-    tensor_quants = [m.weight_quant.tensor_quant for m in trained().train().modules() if hasattr(m, "weight_quant")]
-    weights = [q.quantizer.spec.shape for q in tensor_quants]
-    inputs = [torch.randn(shape, requires_grad=True) for shape in weights]
-    for quantize, w in zip(tensor_quants, inputs, strict=True):
-        quantize(w)
+@pytest.mark.parametrize("params", [{}, {"levels": "power_of_two"}])
+def test_no_synchronisation_in_a_training_step(no_host_sync, params):
+    weight = build("conv2d", fat_brevitas.weight_quant("fat", **params))[0].train().weight_quant
+    act = qnn.QuantReLU(act_quant=fat_brevitas.act_quant("fat", **params)).train().act_quant
+    w, x = torch.randn(8, 3, 3, 3, requires_grad=True), torch.randn(4, 3, 5, 5, requires_grad=True)
+    weight.tensor_quant(w), act.act_tensor_quant(x)  # the first call initialises
     with no_host_sync():
-        for quantize, w in zip(tensor_quants, inputs, strict=True):
-            quantize(w)[0].sum().backward()
+        for out in (weight.tensor_quant(w), act.act_tensor_quant(x)):
+            assert out[1] is not None
+            out[0].sum().backward()
 
 
 SCRIPT = """

@@ -55,11 +55,22 @@ def test_every_algorithm_supplies_references():
 
 @each_weight
 @each_layer
-def test_grid_scale_is_the_scale_of_the_form(case, layer):
+def test_grid_scale_is_the_scale_of_the_form(case, layer, no_host_sync):
     quantizer, w = case.ready(layer)
-    scale = quantizer.grid_scale(w)
+    with no_host_sync():
+        scale = quantizer.grid_scale(w)
     assert not scale.requires_grad
     assert torch.equal(scale, quantizer.freeze(w).form.scale)
+
+
+@each_activation
+@pytest.mark.parametrize("signed", [False, True])
+def test_grid_scale_of_activations_is_the_scale_of_the_form(case, signed, no_host_sync):
+    quantizer, _ = case.ready(signed=signed)
+    expected = quantizer.form().scale
+    with no_host_sync():
+        scale = quantizer.grid_scale()
+    assert not scale.requires_grad and torch.equal(scale, expected)
 
 
 @each_weight
