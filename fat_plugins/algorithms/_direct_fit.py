@@ -74,18 +74,21 @@ class Tally(NamedTuple):
 
 
 def channel_tally(sample: Tensor, thresholds: Tensor) -> Tally:
-    """Count a batch (C x N) by the thresholds (M - 1, ascending); one threshold at a time, nothing of M-fold size."""
+    """Count a batch (C x N) by the thresholds (M - 1, ascending), one after the other in one buffer of its size.
+
+    NaN and infinity make the tally NaN, which :func:`fit_step` looks for.
+    """
     count = sample.shape[1]
-    whole = torch.ones_like(sample[:, 0]), sample.sum(1) / count
-    above, beyond = [whole[0]], [whole[1]]
+    above, beyond = [torch.ones_like(sample[:, 0])], [sample.sum(1) / count]
+    buffer = torch.empty_like(sample)
     for threshold in thresholds.unbind():
-        mask = sample > threshold
-        above.append(mask.sum(1).to(sample.dtype) / count)
-        beyond.append(torch.where(mask, sample, 0).sum(1) / count)
-    none = torch.zeros_like(whole[0])
+        torch.gt(sample, threshold, out=buffer)
+        above.append(buffer.sum(1) / count)
+        beyond.append(buffer.mul_(sample).sum(1) / count)
+    none = torch.zeros_like(above[0])
     share = torch.stack(above, 1) - torch.stack([*above[1:], none], 1)
     moment = torch.stack(beyond, 1) - torch.stack([*beyond[1:], none], 1)
-    return Tally(share, moment, sample.square().mean(1))
+    return Tally(share, moment, torch.square(sample, out=buffer).mean(1))
 
 
 def channel_weights(kind: Literal["norm", "l21", "none"], cap: float, energy: Tensor, error: Tensor) -> Tensor:

@@ -77,8 +77,8 @@ class DirectParams(Params):
 # weights
 # --------------------------------------------------------------------------------------------------------------------
 class _BinarySum(torch.autograd.Function):
-    """``sum_k v_k sgn(z_k)`` and the gradients of section 4; one bit plane at a time, so nothing of K-fold size but
-    ``z`` and its gradient is ever in memory.
+    """``sum_k v_k sgn(z_k)`` and the gradients of section 4; one bit plane at a time in one buffer, so nothing of K-fold
+    size but ``z`` and its gradient is ever in memory.
 
     Shapes: ``z`` K x C x n, ``basis`` P x C or P x 1; P = K, or 1 for bits worth 1, 2, 4, ... times it. Result C x n.
     """
@@ -89,29 +89,35 @@ class _BinarySum(torch.autograd.Function):
         ctx.unit_grad = unit_grad
         values = wide(basis).clamp_min(LEVEL_FLOOR).unsqueeze(-1)
         tied = len(basis) < len(z)
-        total = None
+        total, buffer = (torch.zeros(z.shape[1:], dtype=values.dtype, device=z.device) for _ in range(2))
         for k, bits in enumerate(z.unbind()):
-            # the sum of tied bits is an exact integer, as the form has it
-            value = torch.full_like(values[0], 2.0**k) if tied else values[k]
-            term = torch.where(bits >= 0, value, -value)
-            total = term if total is None else total.add_(term)
-        return total * values[0] if tied else total
+            _signs(bits, buffer)
+            # the sum of tied bits is an exact integer, as the form has it; the other terms add up in the form's order
+            total.add_(buffer, alpha=2**k) if tied else total.add_(buffer.mul_(values[k]))
+        return total.mul_(values[0]) if tied else total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         z, basis = ctx.saved_tensors
-        g, values = wide(grad), wide(basis).clamp_min(LEVEL_FLOOR).unsqueeze(-1)
+        values = wide(basis).clamp_min(LEVEL_FLOOR).unsqueeze(-1)
+        g = grad.to(values.dtype)
         tied = len(basis) < len(z)
         worth = [values[0] * 2**k if tied else values[k] for k in range(len(z))]
         half_gap = torch.stack(worth).sum(0) / (2 ** len(z) - 1)
-        dz, dbasis = torch.empty_like(z), torch.zeros_like(values)
+        dz, dbasis, buffer = torch.empty_like(z), torch.zeros_like(values), torch.empty_like(g)
         for k, bits in enumerate(z.unbind()):
             factor = 1 / half_gap.clamp_min(UNIT_ERROR) if ctx.unit_grad else worth[k]
-            dz[k] = (g * factor * (bits.abs() <= 1)).to(z.dtype)
-            reach = torch.where(bits >= 0, g, -g).sum_to_size(values[0].shape)
+            window = buffer.copy_(bits).abs_().le_(1)
+            dz[k].copy_(window.mul_(g).mul_(factor))
+            reach = _signs(bits, buffer).mul_(g).sum_to_size(values[0].shape)
             dbasis[0 if tied else k] += reach * 2**k if tied else reach
         return dz, dbasis.squeeze(-1).to(basis.dtype), None
+
+
+def _signs(bits: Tensor, out: Tensor) -> Tensor:
+    """-1 and +1 by the sign of ``bits`` (of 0: +1), written into ``out`` of the same shape."""
+    return torch.ge(bits, 0, out=out).mul_(2).sub_(1)
 
 
 class DirectWeight(WeightQuantizer):
@@ -308,6 +314,9 @@ class DirectActivation(ActivationQuantizer):
             return UniformGrid(bits, False, False, scale, 1)
         levels = torch.unique(levels)  # equal entries of the basis give a level twice
         return Staircase(bits, levels, midpoints(levels).double(), scale)
+
+    def grid_scale(self) -> Tensor:
+        return self._levels()[2].detach().reshape(1)
 
     # -- fitting -----------------------------------------------------------------------------------------------------
     def init_from_batch(self, x: Tensor, first: bool) -> None:

@@ -1,4 +1,4 @@
-"""An algorithm that leaves no float weight (direct) on NNCF 2: the parameter leaves training, holds what is deployed."""
+"""An algorithm that leaves no float weight (direct) on NNCF 2: the parameter holds what is deployed."""
 
 import fat_nncf
 import pytest
@@ -7,7 +7,6 @@ from fat_nncf.legacy_calibration import quantized_layers
 from legacy_models import Branches, Zoo, batch, compress, evaluate, make_config, train_step
 
 from fat_plugins.errors import QuantizationError
-
 
 # without a grid, activation levels are 16 bits wide, and the exporter says so
 pytestmark = pytest.mark.filterwarnings("ignore:.*do not fit 8 bits:UserWarning")

@@ -1,4 +1,4 @@
-"""An algorithm that leaves no float weight (direct) on NNCF 3: the parameter leaves training and holds what is deployed."""
+"""An algorithm that leaves no float weight (direct) on NNCF 3: the parameter holds what is deployed."""
 
 from __future__ import annotations
 
