@@ -19,6 +19,7 @@ from fat_plugins.forms import Form
 from fat_plugins.functional import keep_zeros
 
 Role = Literal["weight", "activation"]
+_MOST_DIMENSIONS = 8
 
 
 @dataclass(frozen=True)
@@ -427,6 +428,22 @@ def set_progress(model: nn.Module, progress: Progress) -> None:
     """Tell every quantizer where training stands."""
     for _, quantizer in named_quantizers(model):
         quantizer.on_progress(progress)
+
+
+def broadcast_state(quantizer: Quantizer, src: int = 0) -> None:
+    """Give every process of a distributed training the state of process ``src``.
+
+    Only that one may have calibrated, so buffers whose length comes from the data may differ in shape until now.
+    """
+    state = quantizer.state_dict()
+    for name, tensor in state.items():
+        shape = torch.full((_MOST_DIMENSIONS,), -1, dtype=torch.int64, device=tensor.device)
+        shape[: tensor.ndim] = torch.tensor(tensor.shape, dtype=torch.int64)
+        torch.distributed.broadcast(shape, src=src)
+        found = [n for n in shape.tolist() if n >= 0]
+        state[name] = tensor if list(tensor.shape) == found else tensor.new_empty(found)
+        torch.distributed.broadcast(state[name], src=src)
+    quantizer.load_state_dict(state)  # renews what Python mirrors of the buffers
 
 
 def param_groups(

@@ -77,8 +77,8 @@ class DirectParams(Params):
 # weights
 # --------------------------------------------------------------------------------------------------------------------
 class _BinarySum(torch.autograd.Function):
-    """``sum_k v_k sgn(z_k)`` and the gradients of section 4; one bit plane at a time in one buffer, so nothing of K-fold
-    size but ``z`` and its gradient is ever in memory.
+    """``sum_k v_k sgn(z_k)`` and the gradients of section 4; one bit plane at a time in one buffer, so nothing of
+    K-fold size but ``z`` and its gradient is ever in memory.
 
     Shapes: ``z`` K x C x n, ``basis`` P x C or P x 1; P = K, or 1 for bits worth 1, 2, 4, ... times it. Result C x n.
     """

@@ -28,7 +28,7 @@ from fat_nncf.modern_sparsity import Sparsity
 from fat_nncf.modern_state import BUILDER, CONTROLLER, builder_state, check_state
 from fat_plugins.errors import CheckpointError, ConfigError
 from fat_plugins.forms import form_kind
-from fat_plugins.quantizer import Coordinator, Progress, regularization, set_progress
+from fat_plugins.quantizer import Coordinator, Progress, broadcast_state, regularization, set_progress
 
 
 class CompressionStage(IntEnum):
@@ -207,10 +207,7 @@ class Controller:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
         for core in cores(self._model):
-            state = core.state_dict()
-            for tensor in state.values():
-                torch.distributed.broadcast(tensor, src=0)
-            core.load_state_dict(state)  # refreshes what Python mirrors of the tensors
+            broadcast_state(core)
 
     # -- reports -----------------------------------------------------------------------------------------------------
     def compression_stage(self) -> CompressionStage:
