@@ -12,7 +12,7 @@ from torch import nn
 from fat_plugins import ConfigError, QuantizationError
 
 # without a grid, activation levels are 16 bits wide, and the exporters say so
-pytestmark = pytest.mark.filterwarnings("ignore:.*levels 0 .. 65535:UserWarning", "ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.* 0 .. 65535 :UserWarning", "ignore::DeprecationWarning")
 
 
 class Float(nn.Module):
