@@ -19,6 +19,7 @@ from fat_plugins.forms import Form
 from fat_plugins.functional import keep_zeros
 
 Role = Literal["weight", "activation"]
+_MOST_DIMENSIONS = 8
 
 
 @dataclass(frozen=True)
@@ -268,6 +269,8 @@ class WeightQuantizer(Quantizer):
     needs_input: ClassVar[bool] = False
     #: ``quantize`` works element by element, so also on a part of the input channels (GPTQ hands out columns)
     accepts_slices: ClassVar[bool] = False
+    #: once calibrated, the quantizer's own parameters are the weight: see :meth:`fold_into`
+    owns_weight: ClassVar[bool] = False
     #: whether 0 is a level; without it the zeros of a sparsity algorithm are refused
     has_zero: ClassVar[bool] = True
 
@@ -294,12 +297,15 @@ class WeightQuantizer(Quantizer):
         return keep_zeros(out, weight) if self.spec.keep_zeros else out
 
     def calibrate(self, weight: Tensor) -> None:
-        """Initialise from the float weight, once.
+        """Initialise from the float weight, once. A quantizer that owns the weight ignores a second call, until
+        :meth:`reset_calibration`: the float weight is gone.
 
         :raises QuantizationError: the weight is empty or holds NaN or infinite values.
         """
         if weight.numel() == 0:
             raise QuantizationError(f"{self.spec.name or 'weight'}: cannot quantize an empty tensor")
+        if self.owns_weight and self.calibrated:
+            return
         self._refuse_nonfinite(weight, "weight")
         with torch.no_grad():
             self.init_from_weight(weight.detach())
@@ -312,6 +318,21 @@ class WeightQuantizer(Quantizer):
     def wants_input(self) -> bool:
         """Whether :meth:`observe_input` is to be called now; default: always, when :attr:`needs_input`."""
         return self.needs_input
+
+    @torch.no_grad()
+    def fold_into(self, parameter: Tensor) -> None:
+        """Where :attr:`owns_weight`: take the host's parameter out of training and write the quantized weight into it.
+
+        :meth:`quantize` reads nothing of that parameter but its dtype. Adapters call this when initialisation is over,
+        after rebuilding a model from a saved description (nothing is written before calibration), and before the
+        parameter is saved or deployed. Does nothing for other quantizers.
+        """
+        if not self.owns_weight:
+            return
+        parameter.requires_grad_(False)
+        if self.calibrated:
+            codes, form = self.freeze_codes(parameter)
+            parameter.copy_(form.decode(codes))
 
     def observe_input(self, x: Tensor) -> None:
         """Receives the input of the weight's layer, behind its activation quantizer, when :attr:`wants_input`."""
@@ -339,7 +360,7 @@ class WeightQuantizer(Quantizer):
         frozen = self.freeze_codes(weight.detach())
         if self.spec.keep_zeros:
             zero = frozen.form.encode(torch.zeros_like(weight))
-            if bool(frozen.form.integers(zero).any()):
+            if bool(frozen.form.decode(zero).any()):
                 raise QuantizationError(f"{self.spec.name}: the grid has no zero, so sparsity cannot be kept")
             frozen = FrozenTensor(torch.where(weight == 0, zero, frozen.codes), frozen.form)
         return frozen
@@ -494,6 +515,22 @@ def set_progress(model: nn.Module, progress: Progress, *, begun: bool = True) ->
         quantizer.on_progress(progress)
     for coordinator in coordinators(model) if begun else ():
         coordinator.on_progress(progress)
+
+
+def broadcast_state(quantizer: Quantizer, src: int = 0) -> None:
+    """Give every process of a distributed training the state of process ``src``.
+
+    Only that one may have calibrated, so buffers whose length comes from the data may differ in shape until now.
+    """
+    state = quantizer.state_dict()
+    for name, tensor in state.items():
+        shape = torch.full((_MOST_DIMENSIONS,), -1, dtype=torch.int64, device=tensor.device)
+        shape[: tensor.ndim] = torch.tensor(tensor.shape, dtype=torch.int64)
+        torch.distributed.broadcast(shape, src=src)
+        found = [n for n in shape.tolist() if n >= 0]
+        state[name] = tensor if list(tensor.shape) == found else tensor.new_empty(found)
+        torch.distributed.broadcast(state[name], src=src)
+    quantizer.load_state_dict(state)  # renews what Python mirrors of the buffers
 
 
 def param_groups(

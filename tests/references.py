@@ -1,6 +1,4 @@
-"""Float64 references in numpy, written from the specifications (fat.md sections 3 to 5, baselines.md sections 3 to 6,
-bitat.md sections 3 to 5).
-dropbits.md sections 3 and 4).
+"""Float64 references in numpy, written from the specifications of the algorithms.
 
 They share no code with the package: full complex DFTs, explicit level searches, hand-derived gradients.
 """
@@ -229,6 +227,53 @@ def cpq(x, alpha, sigma, low, high, grad, estimator="imax", truncated=True, mask
         dx=grad * by["x"], dalpha=(grad * (codes + by["alpha"])).sum(), dsigma=(grad * by["sigma"]).sum()
     )  # fmt: skip
     return out
+
+
+def direct_weight(z, basis, grad, normalized=False):
+    """direct.md sections 3.2 and 4, weight by weight.
+
+    :param z: K x C x n.
+    :param basis: K x C or K x 1, or one row ``a`` for the tied ``a, 2a, 4a, ...``.
+    :param grad: C x n, dL/dw_q.
+    :return: w_q (C x n), dz, dbasis.
+    """
+    bits, channels, count = z.shape
+    tied = len(basis) < bits
+    v = np.stack([basis[0] * 2**k for k in range(bits)]) if tied else basis
+    out, dz, dv = np.zeros((channels, count)), np.zeros_like(z), np.zeros_like(v)
+    for o in range(channels):
+        column = min(o, v.shape[1] - 1)
+        gap = 2 * v[:, column].sum() / (2**bits - 1)
+        for i in range(count):
+            for k in range(bits):
+                b = 1.0 if z[k, o, i] >= 0 else -1.0
+                out[o, i] += v[k, column] * b
+                dv[k, column] += grad[o, i] * b
+                factor = 2 / gap if normalized else v[k, column]
+                dz[k, o, i] = grad[o, i] * factor if abs(z[k, o, i]) <= 1 else 0.0
+    return out, dz, (np.array([sum(2**k * dv[k] for k in range(bits))]) if tied else dv)
+
+
+def direct_levels(basis, bits, signed, tied):
+    """Ascending levels of section 5.1; those of a free basis carried by integers of 16 bits (sign included)."""
+    v = np.array([basis[0] * 2**k for k in range(bits)]) if tied else basis
+    levels = []
+    for code in range(2**bits):
+        digits = [(code >> k) & 1 for k in range(bits)]
+        levels.append(sum(v[k] * (2 * d - 1 if signed else d) for k, d in enumerate(digits)))
+    levels = np.sort(np.array(levels))
+    if tied:
+        return levels
+    step = v.sum() / (2 ** (15 if signed else 16) - 1)
+    return np.round(levels / step) * step
+
+
+def direct_activation(x, levels, signed, grad):
+    """Forward and backward of section 5.1 by counting thresholds."""
+    thresholds = (levels[1:] + levels[:-1]) / 2
+    out = levels[(x[..., None] > thresholds).sum(-1)]
+    inside = x <= levels[-1]
+    return out, grad * (inside & (x >= levels[0]) if signed else inside)
 
 
 def dorefa_weight(w, bits, restore=False, grad=None):

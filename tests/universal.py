@@ -11,6 +11,10 @@ import torch
 from references import (
     bitat_activation,
     bitat_weight,
+    cpq,
+    direct_activation,
+    direct_levels,
+    direct_weight,
     dorefa_weight,
     fat_activation,
     fat_weight,
@@ -19,7 +23,6 @@ from references import (
     minmax_weight,
     pact,
 )
-from references import cpq, dorefa_weight, fat_activation, fat_weight, lsq, lsq_plus_activation, minmax_weight, pact
 
 from fat_plugins import ConfigError, TensorSpec, algorithms, get_algorithm
 
@@ -48,6 +51,12 @@ CONV = LAYERS[0]
 #: parameter sets to exercise, beside the defaults
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "bitat": [{}, {"alpha": "mean_abs"}],
+    "direct": [
+        {},
+        {"levels": "tied", "channel_cap": 3.0},
+        {"z_grad": "normalized", "channel_weight": "l21", "optimizer": "sgd"},
+        {"levels": "tied", "channel_weight": "none", "z_grad": "normalized"},
+    ],
     "fat": [
         {},
         {"levels": "power_of_two"},
@@ -154,7 +163,10 @@ def run(quantizer, x: torch.Tensor, grad: torch.Tensor | None = None) -> dict[st
     if grad is not None:
         quantizer.zero_grad()
         out.backward(grad)
-        result["dx"] = x.grad
+        # a quantizer that owns the weight gives the host's parameter no gradient at all
+        owned = getattr(quantizer, "owns_weight", False)
+        assert not (owned and x.grad is not None)
+        result["dx"] = torch.zeros_like(x) if owned else x.grad
         result["params"] = {n: p.grad for n, p in quantizer.named_parameters()}
     return result
 
@@ -179,6 +191,19 @@ def _fat_activation(quantizer, x, grad):
         x, quantizer.alpha.item(), quantizer.spec.bits, params.levels, params.variant, quantizer.signed, grad
     )
     return r["xq"], r["dx"], {"alpha": r["dalpha"]}
+
+
+def _direct_weight(quantizer, x, grad):
+    axis = quantizer.spec.channel_axis
+    z, basis = quantizer.z.detach().numpy(), quantizer.basis.detach().numpy()
+    rows = np.moveaxis(grad, axis, 0)
+    out, dz, dbasis = direct_weight(z, basis, rows.reshape(len(rows), -1), quantizer.params.z_grad == "normalized")
+    return np.moveaxis(out.reshape(rows.shape), 0, axis), np.zeros_like(x), {"z": dz, "basis": dbasis}
+
+
+def _direct_activation(quantizer, x, grad):
+    levels = direct_levels(quantizer.basis.numpy(), quantizer.spec.bits, quantizer.signed, quantizer.tied)
+    return (*direct_activation(x, levels, quantizer.signed, grad), {})
 
 
 def _lsq_weight(quantizer, x, grad):
@@ -223,6 +248,8 @@ def _bitat_weight(quantizer, x, grad):
 def _bitat_activation(quantizer, x, grad):
     r = bitat_activation(x, quantizer.beta.detach().numpy(), grad)
     return r["xhat"], r["dx"], {"beta": r["dbeta"]}
+
+
 def _noise_scale(quantizer, dsigma):
     """Sigma within alpha / 20 .. alpha, and the gradient of its logarithm, which is dropped where it leads outward."""
     alpha, sigma = np.exp(quantizer.log_alpha.item()), np.exp(quantizer.log_sigma.item())
@@ -290,6 +317,8 @@ REFERENCES = {
     ("dropbits", "activation"): _dropbits,
     ("rq", "weight"): _rq,
     ("rq", "activation"): _rq,
+    ("direct", "weight"): _direct_weight,
+    ("direct", "activation"): _direct_activation,
     ("dorefa", "weight"): _dorefa_weight,
     ("dorefa", "activation"): _dorefa_activation,
     ("pact", "weight"): _dorefa_weight,

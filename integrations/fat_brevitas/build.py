@@ -131,7 +131,12 @@ def build_weight(proxy: Any, injector: Any) -> WeightTensorQuant | None:
     if spec is None:
         return None
     algorithm, params, values = _read(injector, WEIGHT, spec.name)
-    return WeightTensorQuant(algorithm.make_weight(spec, params), _delay(values["quant_delay_steps"]))
+    quantizer, delay = algorithm.make_weight(spec, params), _delay(values["quant_delay_steps"])
+    if delay is not None and quantizer.owns_weight:
+        raise ConfigError(
+            f"{spec.name}: quant_delay_steps: '{algorithm.name}' has no float weight to begin with; leave it out"
+        )
+    return WeightTensorQuant(quantizer, delay)
 
 
 def build_activation(proxy: Any, injector: Any) -> ActTensorQuant | None:

@@ -88,6 +88,12 @@ def calibrate_weights(model: nn.Module) -> None:
         wrapper.prepare(layer.weight)
 
 
+def fold_weights(model: nn.Module) -> None:
+    """Write quantized values into the parameters that algorithms have taken over (``WeightQuantizer.fold_into``)."""
+    for _, layer, wrapper in weight_wrappers(model):
+        wrapper.quantizer.fold_into(layer.weight)
+
+
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Batches, plan: Plan) -> None:
     """Initialise activation quantizers from data that runs through the float model, then adapt batch norms.

@@ -12,7 +12,16 @@ import torch
 from brevitas.fx import GraphModule, Node
 from torch import nn
 
-from fat_brevitas.calibration import Batches, Pass, calibrate, calibrate_weights, call, device_of, move
+from fat_brevitas.calibration import (
+    Batches,
+    Pass,
+    calibrate,
+    calibrate_weights,
+    call,
+    device_of,
+    fold_weights,
+    move,
+)
 from fat_brevitas.config import Plan, parse_config
 from fat_brevitas.modules import ActTensorQuant, WeightTensorQuant
 from fat_brevitas.placement import Placement, detach_pruned, install, trace
@@ -94,6 +103,7 @@ def quantize(
     calibrate_weights(result)
     if batches is not None:
         calibrate(result, batches, plan)
+    fold_weights(result)
     return result.train(model.training)
 
 

@@ -89,7 +89,9 @@ class _Wrapper(nn.Module):
 class WeightTensorQuant(_Wrapper):
     """``tensor_quant`` of a weight proxy: returns (value, scale, zero point, bit width).
 
-    The first forward initialises the quantizer from the weight that it sees, unless a checkpoint was loaded.
+    The first forward initialises the quantizer from the weight that it sees, unless a checkpoint was loaded. The first
+    one after each change between training and evaluation writes the value of a quantizer that owns its weight into the
+    layer's parameter.
     """
 
     quantizer: WeightQuantizer
@@ -131,7 +133,10 @@ class WeightTensorQuant(_Wrapper):
                 f"shape {list(x.shape)} (GPTQ and the like work column by column): fat_brevitas.freeze the model first"
             )
         if whole:
+            fresh = not self._ready
             self.prepare(x)
+            if fresh:
+                self.quantizer.fold_into(x)
         elif not self._ready:
             raise QuantizationError(f"{spec.name}: run the whole weight through the quantizer before a slice of it")
         value = self._delayed(x, self.quantizer(x))

@@ -108,6 +108,8 @@ class PluginWeightQuantProxy(_Exported, WeightQuantProxyFromInjector):
             self.tensor_quant = build_weight(self, self.quant_injector)
             if self.tensor_quant is not None:
                 self.tensor_quant.to(weights[0].device).train(self.training)
+                for weight in weights:
+                    self.quantizer.fold_into(weight)
         elif not weights[0].is_meta:
             old.to(weights[0].device)
             if not (self._loading or preserve_state_dict):

@@ -14,7 +14,7 @@ from nncf.torch.quantization.init_range import PTRangeInitParams
 from nncf.torch.quantization.layers import PTQuantizerSetup
 from nncf.torch.utils import is_main_process
 
-from fat_nncf.legacy_calibration import calibrate_on_data, calibrate_weights
+from fat_nncf.legacy_calibration import calibrate_on_data, calibrate_weights, fold_weights
 from fat_nncf.legacy_controller import PluginController
 from fat_nncf.legacy_placement import Placement, check_scopes, keeps_zeros, placement_section
 from fat_nncf.legacy_quantizer import PluginQuantizer, PluginQuantizerSpec
@@ -121,6 +121,7 @@ class PluginBuilder(QuantizationBuilder):
     def _build_controller(self, model: NNCFNetwork) -> PluginController:
         if self.should_init:
             calibrate_weights(model)  # again: controllers built before this one have set their masks
+        fold_weights(model)
         return PluginController(
             self._algo_config,
             model,

@@ -86,6 +86,12 @@ class Pass:
             runner.run(loader, steps)
 
 
+def fold_weights(model: nn.Module) -> None:
+    """Write quantized values into the parameters that algorithms have taken over (``WeightQuantizer.fold_into``)."""
+    for module, _, quantizer in quantized_layers(model):
+        quantizer.core.fold_into(module.weight)
+
+
 @contextmanager
 def _observing(model: nn.Module, quantizers: list[PluginQuantizer]) -> Iterator[None]:
     """The float network runs; ``quantizers`` watch, and layers whose weight quantizer wants its input show it."""

@@ -15,7 +15,13 @@ from nncf.torch.quantization.metrics import PTQuantizationStatisticsCollector
 from nncf.torch.utils import get_model_device
 from torch import Tensor
 
-from fat_nncf.legacy_calibration import Pass, calibrate_on_data, calibrate_weights, quantized_layers
+from fat_nncf.legacy_calibration import (
+    Pass,
+    calibrate_on_data,
+    calibrate_weights,
+    fold_weights,
+    quantized_layers,
+)
 from fat_nncf.legacy_placement import is_weighted
 from fat_nncf.legacy_quantizer import PluginQuantizer
 from fat_nncf.legacy_strip import COORDINATORS, copy_without_controller, strip_in_place
@@ -148,6 +154,11 @@ class PluginController(QuantizationController):
         """Everything that follows the schedule and may add to the loss: quantizers, then coordinators."""
         coordinators: Any = getattr(self.model.nncf, COORDINATORS, {})
         return [q.core for q in self.all_quantizations.values()] + list(coordinators.values())
+
+    def get_state(self) -> dict[str, dict[str, Any]]:
+        """NNCF's state; taken when a checkpoint is written, so the parameters are brought up to date first."""
+        fold_weights(self.model)
+        return super().get_state()
 
     # -- NNCF's interface --------------------------------------------------------------------------------------------
     def init_range(self, range_init_params: Any = None) -> None:

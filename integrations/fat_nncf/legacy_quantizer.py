@@ -17,7 +17,7 @@ from torch import Tensor
 from fat_plugins.errors import CheckpointError, QuantizationError
 from fat_plugins.forms import Form, UniformGrid, staircase_steps
 from fat_plugins.functional import per_channel_view
-from fat_plugins.quantizer import TensorSpec
+from fat_plugins.quantizer import TensorSpec, broadcast_state
 from fat_plugins.registry import make_quantizer
 
 #: our name in NNCF's registry of quantizer modules, the ``mode`` of a quantization point
@@ -153,10 +153,7 @@ class PluginQuantizer(BaseQuantizer):
 
     def broadcast_initialized_params(self, src: int = 0) -> None:
         super().broadcast_initialized_params(src)
-        state = self.core.state_dict()
-        for tensor in state.values():
-            torch.distributed.broadcast(tensor, src=src)
-        self.core.load_state_dict(state)  # renews the Python mirrors of the buffers
+        broadcast_state(self.core, src)
 
     @classmethod
     def from_config(cls, state: dict[str, Any]) -> PluginQuantizer:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.ao.quantization import FakeQuantize
 from torch.ao.quantization.observer import MinMaxObserver, PerChannelMinMaxObserver
 
-from fat_nncf.legacy_calibration import operand, quantized_layers
+from fat_nncf.legacy_calibration import fold_weights, operand, quantized_layers
 from fat_nncf.legacy_quantizer import PluginQuantizer
 from fat_plugins.errors import HostError
 from fat_plugins.forms import Form, UniformGrid
@@ -107,6 +107,7 @@ def freeze(model: nn.Module) -> nn.Module:
     model = getattr(model, "module", model) if isinstance(model, nn.parallel.DistributedDataParallel) else model
     frozen = copy_without_controller(model)
     frozen.eval()
+    fold_weights(frozen)
     for module, key, quantizer in list(quantized_layers(frozen)):
         if quantizer.is_enabled_quantization():
             codes, form = quantizer.core.freeze(operand(module, quantizer)[0])

@@ -33,7 +33,7 @@ from fat_nncf.modern_config import (
 from fat_nncf.modern_controller import CompressionStage, Controller, Statistics
 from fat_nncf.modern_data import Batches, DatasetBatches, batches_of, device_of, example_from
 from fat_nncf.modern_deploy import freeze
-from fat_nncf.modern_hooks import COORDINATORS, PluginQuantizer, plugin_hooks, remove_hook
+from fat_nncf.modern_hooks import COORDINATORS, PluginQuantizer, fold_weights, plugin_hooks, remove_hook
 from fat_nncf.modern_init import Pass, adapt_batch_norms, calibrate_activations, calibrate_weights
 from fat_nncf.modern_placement import (
     Traced,
@@ -232,6 +232,7 @@ def _resume(model: nn.Module, plan: Plan, state: Mapping[str, Any], config: Mapp
 def _controller(traced: Traced, plan: Plan, sparsity: Sparsity | None, batches: Batches) -> Controller:
     example = example_from(plan.inputs, device_of(traced.model))
     _add_coordinators(traced, batches)
+    fold_weights(traced.model)
     example = batches.example if example is None else example
     return Controller(traced.model, plan.config.algorithm, example, sparsity)
 
@@ -310,6 +311,7 @@ def quantize(
     calibrate_weights(model, resolved)
     calibrate_activations(model, resolved, batches, ranges_first=False)
     adapt_batch_norms(model, batches, batchnorm_adaptation_steps)
+    fold_weights(model)
     return model
 
 

@@ -15,12 +15,20 @@ from torch import Tensor, nn
 
 from fat_nncf import modern_deploy
 from fat_nncf.modern_data import device_of
-from fat_nncf.modern_hooks import COORDINATORS, cores, is_weight, parameter, plugin_hooks, quantizer_input
+from fat_nncf.modern_hooks import (
+    COORDINATORS,
+    cores,
+    fold_weights,
+    is_weight,
+    parameter,
+    plugin_hooks,
+    quantizer_input,
+)
 from fat_nncf.modern_sparsity import Sparsity
 from fat_nncf.modern_state import BUILDER, CONTROLLER, builder_state, check_state
 from fat_plugins.errors import CheckpointError, ConfigError
 from fat_plugins.forms import form_kind
-from fat_plugins.quantizer import Coordinator, Progress, regularization, set_progress
+from fat_plugins.quantizer import Coordinator, Progress, broadcast_state, regularization, set_progress
 
 
 class CompressionStage(IntEnum):
@@ -175,6 +183,7 @@ class Controller:
     # -- state -------------------------------------------------------------------------------------------------------
     def get_compression_state(self) -> dict[str, Any]:
         """JSON-ready; pass it to ``create_compressed_model`` with a fresh model, then load the state dict."""
+        fold_weights(self._model)
         own = {"scheduler": self.scheduler.get_state()}
         return {BUILDER: builder_state(self._model), CONTROLLER: {self._algorithm: own}}
 
@@ -198,10 +207,7 @@ class Controller:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
         for core in cores(self._model):
-            state = core.state_dict()
-            for tensor in state.values():
-                torch.distributed.broadcast(tensor, src=0)
-            core.load_state_dict(state)  # refreshes what Python mirrors of the tensors
+            broadcast_state(core)
 
     # -- reports -----------------------------------------------------------------------------------------------------
     def compression_stage(self) -> CompressionStage:
@@ -225,7 +231,7 @@ class Controller:
                 if not quickly_collected_only:
                     frozen = hook.core.freeze(quantizer_input(self._model, hook, slots[0]))
                     form = form_kind(frozen.form)
-                    zeros = float((frozen.form.integers(frozen.codes) == 0).float().mean())
+                    zeros = float((frozen.form.decode(frozen.codes) == 0).float().mean())
             elif hook.core.calibrated:
                 form = form_kind(hook.core.form())
             spec = hook.core.spec

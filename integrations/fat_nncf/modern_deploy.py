@@ -15,6 +15,7 @@ from torch import nn
 from fat_nncf.modern_hooks import (
     COORDINATORS,
     PluginQuantizer,
+    fold_weights,
     is_weight,
     masks_on,
     parameter,
@@ -41,6 +42,7 @@ def freeze(model: nn.Module) -> nn.Module:
     """
     clone = copy.deepcopy(model).eval()
     storage = storage_of(clone)
+    fold_weights(clone)
     masked: set[str] = set()
     replaced: list[tuple[list[str], nn.Module]] = []
     for hook, slots in plugin_hooks(clone).items():

@@ -232,6 +232,13 @@ def quantizer_input(model: nn.Module, hook: PluginQuantizer, slot: str) -> Tenso
     return weight
 
 
+def fold_weights(model: nn.Module) -> None:
+    """Write quantized values into the parameters that algorithms have taken over (``WeightQuantizer.fold_into``)."""
+    for hook in plugin_hooks(model):
+        if is_weight(hook):
+            hook.core.fold_into(parameter(model, hook.tensor))
+
+
 def cores(model: nn.Module) -> Iterator[Quantizer]:
     """Every quantizer of the model once."""
     for hook in plugin_hooks(model):

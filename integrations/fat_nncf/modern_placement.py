@@ -306,6 +306,11 @@ def resolve(
             spec = dataclasses.replace(spec, bits=_OVERFLOW_BITS)
         core = get_algorithm(algorithm).make(spec, params).to(_device(traced.model))
         exclusive = role == "activation" or _exclusive(traced, point)
+        if not exclusive and core.owns_weight:
+            raise QuantizationError(
+                f"{spec.name}: operations that are not quantized read this weight too, and '{algorithm}' leaves no "
+                "float weight; quantize them all, or choose another algorithm"
+            )
         resolved.append((point, PluginQuantizer(core, algorithm, params, point.tensor, exclusive, lr_multiplier)))
     if not resolved:
         raise HostError("nothing to quantize: the scopes of the config leave no tensor")

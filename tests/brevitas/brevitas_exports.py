@@ -14,19 +14,35 @@ from fat_brevitas.modules import container_of
 from torch import Tensor, nn
 
 from fat_plugins import algorithms, registry
-from fat_plugins.forms import Codebook, SumOfGrids, UniformGrid
+from fat_plugins.forms import Codebook, Staircase, SumOfGrids, UniformGrid
 from fat_plugins.functional import per_channel_view, uniform_codes
-from fat_plugins.quantizer import FrozenTensor, WeightQuantizer
+from fat_plugins.quantizer import FrozenTensor, TensorSpec, WeightQuantizer
 from fat_plugins.registry import Algorithm
 
 VERSION = fat_brevitas.BREVITAS_VERSION
-#: bits and granularity of every registered algorithm; one-bit ones have tests of their own
+
+
+def has_one_scale(algorithm: type[Algorithm], bits: int) -> bool:
+    """Whether an algorithm has this width and, by default, deploys single grids, activations uniform ones."""
+    if algorithm.weight_quantizer is None or algorithm.activation_quantizer is None:
+        return False
+    roles = (algorithm.weight_bits, algorithm.activation_bits)
+    if not all(low <= bits <= high for low, high in roles):
+        return False
+    x = torch.linspace(0, 1, 16).reshape(4, 4)
+    weight = algorithm.make(TensorSpec("weight", bits, shape=(4, 4)))
+    activation = algorithm.make(TensorSpec("activation", bits))
+    weight.calibrate(x)
+    activation.calibrate(x)
+    return not isinstance(weight.freeze(x).form, SumOfGrids) and not isinstance(activation.form(), Staircase)
+
+
+#: bits and granularity of every registered algorithm of single grids; other forms have tests of their own
 CASES = [
     (name, bits, per_channel)
     for name, algorithm in algorithms().items()
-    if algorithm.weight_quantizer is not None and algorithm.activation_quantizer is not None
     for bits in (2, 3, 4, 8)
-    if bits <= algorithm.weight_bits[1]
+    if has_one_scale(algorithm, bits)
     for per_channel in ([False, True] if algorithm.per_channel_weights else [False])
 ]
 each_case = pytest.mark.parametrize(("algorithm", "bits", "per_channel"), CASES)

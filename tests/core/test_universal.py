@@ -58,7 +58,7 @@ def has_zero(case) -> bool:
     """Whether zero is one of the levels."""
     quantizer, x = case.ready()
     form = deployed(quantizer, x)[2]
-    return not form.integers(form.encode(torch.zeros_like(x))).any()
+    return not form.decode(form.encode(torch.zeros_like(x))).any()
 
 
 def close(actual, expected, tolerance=1e-9):
@@ -133,6 +133,27 @@ def test_transposed_layers_quantize_as_their_transpose(case):
     transposed = case.make(Layer("transposed", (4, 6, 3, 3), 1)).eval()
     transposed.load_state_dict(plain.state_dict())
     assert torch.equal(transposed(x.transpose(0, 1)), plain(x).transpose(0, 1))
+
+
+@each_weight
+def test_an_owned_weight_leaves_training_and_is_folded(case):
+    quantizer, w = case.ready()
+    parameter = torch.nn.Parameter(w.clone())
+    quantizer.fold_into(parameter)
+    if not quantizer.owns_weight:
+        assert parameter.requires_grad and torch.equal(parameter, w)
+        return
+    assert not parameter.requires_grad and torch.equal(parameter, quantizer(w))
+    # nothing reads the value again, and a second calibration does not start anew from it
+    values = quantizer(parameter)
+    quantizer.calibrate(torch.zeros_like(w))
+    assert torch.equal(quantizer(torch.zeros_like(w)), values)
+    quantizer.reset_calibration()
+    waiting = torch.nn.Parameter(w.clone())
+    quantizer.fold_into(waiting)
+    assert not waiting.requires_grad and torch.equal(waiting, w)
+    quantizer.calibrate(torch.ones_like(w))
+    assert not torch.equal(quantizer(w), values)
 
 
 # -- the form --------------------------------------------------------------------------------------------------------
@@ -365,7 +386,8 @@ def test_no_host_synchronisation_in_a_training_step(case, no_host_sync):
         quantizer(x).backward(grad)
         with torch.autocast("cpu", torch.bfloat16):
             quantizer(x).backward(grad)
-    assert x.grad.isfinite().all()
+    grads = [p.grad for p in quantizer.parameters()] + ([] if getattr(quantizer, "owns_weight", False) else [x.grad])
+    assert grads and all(g.isfinite().all() for g in grads)
 
 
 def test_the_no_host_sync_check_can_fail(no_host_sync):

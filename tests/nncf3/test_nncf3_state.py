@@ -232,12 +232,13 @@ def test_coordinators(monkeypatch):
     )
 
 
-def test_progress_of_several_processes(tmp_path):
+@pytest.mark.parametrize("algorithm", ["fat", "direct"])
+def test_progress_of_several_processes(algorithm, tmp_path):
     """DistributedDataParallel over two gloo processes; rank 1 was calibrated on other data."""
     script = Path(__file__).with_name("nncf3_ddp.py")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(script.parent), os.environ.get("PYTHONPATH", "")])}
     processes = [
-        subprocess.Popen([sys.executable, script, str(rank), str(tmp_path)], env=env, stdout=subprocess.PIPE,
+        subprocess.Popen([sys.executable, script, str(rank), str(tmp_path), algorithm], env=env, stdout=subprocess.PIPE,
                          stderr=subprocess.STDOUT, text=True)
         for rank in range(2)
     ]  # fmt: skip
@@ -249,7 +250,7 @@ def test_progress_of_several_processes(tmp_path):
     moving = ("running_mean", "running_var", "largest")
     differing = [k for k in first if not torch.equal(first[k], second[k]) and not k.endswith(moving)]
     assert not differing
-    assert any("alpha" in k for k in first)
+    assert any({"fat": "alpha", "direct": "core.basis"}[algorithm] in k for k in first)
 
 
 def test_graph_of_a_compressed_model_shows_quantizers_to_nncf():
