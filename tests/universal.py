@@ -83,6 +83,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
 TRANSFORMS_WEIGHTS = {"fat", "dorefa", "pact"}
 #: activations have values of their own, whatever the range of the input
 FIXED_VALUES = {"bitat", "dorefa"}
+#: these draw random numbers in every training forward
+DRAWS_NOISE = {"rq"}
 BITS = (2, 3, 4, 8)
 
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from universal import cases, run, sample
+from universal import DRAWS_NOISE, cases, run, sample
 
 from fat_plugins import ConfigError, get_backend, set_backend
 from fat_plugins import functional as F
@@ -90,13 +90,15 @@ def test_quantizers_inside_a_compiled_model(case, backend):
     expected = run(quantizer, x, grad)
     quantizer.load_state_dict(state)
     torch._dynamo.reset()
-    compiled = torch.compile(quantizer, backend="aot_eager", fullgraph=True)
+    # a random generator cannot be made inside a graph
+    compiled = torch.compile(quantizer, backend="aot_eager", fullgraph=case.algorithm not in DRAWS_NOISE)
     leaf = x.clone().requires_grad_()
     quantizer.zero_grad()
     out = compiled(leaf)
     out.backward(grad)
     torch.testing.assert_close(out, expected["out"], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(leaf.grad, expected["dx"], rtol=1e-6, atol=1e-6)
+    dx = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad  # an owned weight is not read
+    torch.testing.assert_close(dx, expected["dx"], rtol=1e-6, atol=1e-6)
     for name, p in quantizer.named_parameters():
         torch.testing.assert_close(p.grad, expected["params"][name], rtol=1e-6, atol=1e-6)
 
