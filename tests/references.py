@@ -126,3 +126,48 @@ def minmax_weight(w, bits, axis=0, per_channel=True):
     over = tuple(i for i in range(w.ndim) if i != axis) if per_channel else None
     s = np.maximum(np.abs(w).max(axis=over, keepdims=True) / n, 1e-12)
     return np.clip(np.round(w / s), -n, n) * s
+
+
+def dorefa_weight(w, bits, restore=False, grad=None):
+    """DoReFa of baselines.md sections 3 and 4: ``2 q(tanh w / (2 max) + 1/2) - 1``, gradient through tanh and max."""
+    if bits == 1:
+        return dict(wq=np.where(w < 0, -1.0, 1.0) * np.abs(w).mean(), dw=grad)
+    n, t = 2**bits - 1, np.tanh(w)
+    m = np.abs(t).max()
+    q = 2 * np.round(n * (t / (2 * m) + 0.5)) / n - 1
+    out = dict(wq=q * (m if restore else 1.0))
+    if grad is not None:
+        slope, top = 1 - t**2, np.abs(t) == m
+        dm = np.where(top, np.sign(t) * slope, 0) / top.sum()
+        if restore:  # m q(t/m), straight through q
+            out["dw"] = grad * slope + (grad * (q - t / m)).sum() * dm
+        else:
+            out["dw"] = grad * slope / m - (grad * t).sum() / m**2 * dm
+    return out
+
+
+def pact(x, alpha, bits, signed=False, grad=None):
+    """PACT of baselines.md section 5; signed: the symmetric clip of this project."""
+    n = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
+    low = -alpha if signed else 0.0
+    y = np.clip(x, low, alpha)
+    out = dict(xq=np.round(y * n / alpha) * alpha / n)
+    if grad is not None:
+        out["dx"] = grad * ((x > low) & (x < alpha))
+        out["dalpha"] = (grad * ((x >= alpha) * 1.0 - (signed & (x <= low)) * 1.0)).sum()
+    return out
+
+
+def lsq_plus_activation(x, s, beta, bits, rounded=True, g=1.0, grad=None):
+    """LSQ+ of baselines.md sections 3 to 5; ``rounded``: the offset is a whole number of steps."""
+    n = 2**bits - 1
+    offset = np.round(beta / s) if rounded else beta / s
+    r = x / s - offset
+    c = np.clip(r, 0, n)
+    out = dict(xq=(np.round(c) + offset) * s)
+    if grad is not None:
+        inside = (r > 0) & (r < n)
+        out["dx"] = grad * inside
+        out["ds"] = (grad * np.where(inside, np.round(c) - r, c)).sum() * g
+        out["dbeta"] = (grad * ~inside).sum() * g
+    return out

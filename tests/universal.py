@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from references import fat_activation, fat_weight, lsq, minmax_weight
+from references import dorefa_weight, fat_activation, fat_weight, lsq, lsq_plus_activation, minmax_weight, pact
 
 from fat_plugins import ConfigError, TensorSpec, algorithms, get_algorithm
 
@@ -46,9 +46,12 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"restore_scale": True, "activation_alpha": 2.0},
     ],
     "minmax": [{}, {"momentum": 0.5}],
+    "dorefa": [{}, {"restore_scale": True}],
+    "pact": [{}, {"alpha": None}],
+    "lsq_plus": [{}, {"train_float_offset": True}],
 }
 #: these keep tensors of their own transformation for the backward
-TRANSFORMS_WEIGHTS = {"fat"}
+TRANSFORMS_WEIGHTS = {"fat", "dorefa", "pact"}
 BITS = (2, 3, 4, 8)
 
 
@@ -181,7 +184,36 @@ def _minmax_activation(quantizer, x, grad):
     return r["vq"], grad * inside, {}
 
 
+def _dorefa_weight(quantizer, x, grad):
+    r = dorefa_weight(x, quantizer.spec.bits, quantizer.restore, grad)
+    return r["wq"], r["dw"], {}
+
+
+def _dorefa_activation(quantizer, x, grad):
+    r = pact(x, 1.0, quantizer.spec.bits, quantizer.signed, grad)
+    inside = (x >= (-1 if quantizer.signed else 0)) & (x <= 1)
+    return r["xq"], grad * inside, {}
+
+
+def _pact_activation(quantizer, x, grad):
+    r = pact(x, quantizer.alpha.item(), quantizer.spec.bits, quantizer.signed, grad)
+    return r["xq"], r["dx"], {"alpha": r["dalpha"]}
+
+
+def _lsq_plus_activation(quantizer, x, grad):
+    rounded = not (quantizer.training and quantizer.params.train_float_offset)
+    g = 1 / np.sqrt(x.size / x.shape[0] * (2**quantizer.spec.bits - 1))
+    r = lsq_plus_activation(x, quantizer.step.item(), quantizer.beta.item(), quantizer.spec.bits, rounded, g, grad)
+    return r["xq"], r["dx"], {"step": r["ds"], "beta": r["dbeta"]}
+
+
 REFERENCES = {
+    ("dorefa", "weight"): _dorefa_weight,
+    ("dorefa", "activation"): _dorefa_activation,
+    ("pact", "weight"): _dorefa_weight,
+    ("pact", "activation"): _pact_activation,
+    ("lsq_plus", "weight"): _lsq_weight,
+    ("lsq_plus", "activation"): _lsq_plus_activation,
     ("fat", "weight"): _fat_weight,
     ("fat", "activation"): _fat_activation,
     ("lsq", "weight"): _lsq_weight,
@@ -191,6 +223,16 @@ REFERENCES = {
 }
 
 
+def clip_is_given(case: Case) -> bool:
+    """Whether the range of an activation does not come from calibration."""
+    if case.algorithm == "pact":
+        return case.params.get("alpha", 10.0) is not None
+    return case.algorithm == "dorefa" or "activation_alpha" in case.params
+
+
 def scale_invariant(case: Case) -> bool:
     """Whether the codes do not change when the tensor is multiplied by a power of two before calibration."""
-    return not (case.params.get("transform") == "uniquant" or "activation_alpha" in case.params)
+    if case.role == "activation":
+        return not clip_is_given(case)
+    # tanh is no linear function
+    return case.params.get("transform") != "uniquant" and case.algorithm not in ("dorefa", "pact")

@@ -15,6 +15,8 @@ from fat_plugins.config import is_plugin_section, json_schema, split_sections
 parse = CompressionConfig.parse
 quick = settings(derandomize=True, max_examples=60, deadline=None)
 
+NAMES = ", ".join(sorted(algorithms()))
+
 
 def resolve(config, role="weight", name="conv1", edge=None, **spec):
     """Resolution with scopes matched by equality."""
@@ -158,7 +160,7 @@ def test_resolution_is_the_last_word_said(algorithm, bits, overrides, matching, 
 @pytest.mark.parametrize(
     "section,text",
     [
-        ({"algorithm": "fatt"}, "compression.algorithm: unknown algorithm 'fatt'; allowed: fat, lsq, minmax; did you mean 'fat'?"),
+        ({"algorithm": "fatt"}, f"compression.algorithm: unknown algorithm 'fatt'; allowed: {NAMES}; did you mean 'fat'?"),
         ({"algorithm": 3}, "compression.algorithm: expected a string, got 3"),
         ({}, "compression.algorithm: this key is required"),
         ({"first_layer": "flot"}, "compression.first_layer: expected a bit width, 'float' or 'same', got 'flot'; did you mean 'float'?"),
@@ -185,7 +187,7 @@ def test_resolution_is_the_last_word_said(algorithm, bits, overrides, matching, 
         ({"scope_overrides": {"wights": {}}}, "compression.scope_overrides.wights: unknown key; allowed: activations, weights; did you mean 'weights'?"),
         ({"scope_overrides": {"weights": {"a": {"bits": "3"}}}}, "compression.scope_overrides.weights.a.bits: expected a bit width (an integer), got '3'"),
         ({"scope_overrides": {"weights": {"a": {"bits": 1}}}}, "compression.scope_overrides.weights['a']: algorithm 'fat' has no 1-bit weights"),
-        ({"scope_overrides": {"weights": {"a": {"algorithm": "lsqq"}}}}, "compression.scope_overrides.weights['a'].algorithm: unknown algorithm 'lsqq'; allowed: fat, lsq, minmax; did you mean 'lsq'?"),
+        ({"scope_overrides": {"weights": {"a": {"algorithm": "lsqq"}}}}, f"compression.scope_overrides.weights['a'].algorithm: unknown algorithm 'lsqq'; allowed: {NAMES}; did you mean 'lsq'?"),
         ({"compression_lr_multiplier": "2"}, "compression.compression_lr_multiplier: expected a number, got '2'"),
         ({"compression_lr_multiplier": -1}, "compression.compression_lr_multiplier: must be greater than or equal to 0, got -1"),
         ({"compression_lr_multiplier": float("inf")}, "compression.compression_lr_multiplier: must be a finite number, got inf"),
