@@ -70,7 +70,7 @@ def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 def _console() -> Console:
     # a pipe or a file has no width of its own: do not fold tables there
-    return Console() if sys.stdout.isatty() else Console(width=160)
+    return Console() if sys.stdout.isatty() else Console(width=200)
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

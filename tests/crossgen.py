@@ -1,7 +1,8 @@
 """One small network, one batch and a few configs that every host quantizes alike, bit for bit.
 
 Weights come from a formula, not from a random generator. :func:`quantized_weights` reads any compressed model through
-the core's interface only, so the same file serves both generations of NNCF; layer names are torch module paths.
+the core's interface only, so the same file serves both generations of NNCF and Brevitas; layer names are torch module
+paths. :func:`training_step` adds what every quantizer gives in training and its gradients.
 
 ``python tests/crossgen.py`` (with NNCF 2 installed) writes ``tests/data/cross_generation.safetensors`` again.
 """
@@ -100,8 +101,12 @@ def quantized_weights(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def compress(config: dict) -> nn.Module:
-    """The network compressed by ``config`` through ``fat_nncf``, on whichever generation is installed."""
+def compress(config: dict, host: str = "nncf") -> nn.Module:
+    """The network compressed by ``config`` through ``fat_nncf``, on whichever generation is installed, or Brevitas."""
+    if host == "brevitas":
+        import fat_brevitas
+
+        return fat_brevitas.quantize(build_net(), config, loader())
     import fat_nncf
 
     nncf_config = fat_nncf.NNCFConfig.from_dict(config)
@@ -110,16 +115,119 @@ def compress(config: dict) -> nn.Module:
     return fat_nncf.create_compressed_model(build_net(), nncf_config, **no_files)[1]
 
 
+#: activation quantizers in execution order, by what reads them
+ACTIVATIONS = ("conv1", "dw", "pw", "conv2", "mean", "fc")
+
+
+def _input_of(index: int, shape: torch.Size) -> Tensor:
+    """What the activation quantizer of that index is given: signed for the network's input, else as after a ReLU."""
+    values = 3 * formula(tuple(shape), 211 + index)
+    return values if index == 0 else values.relu()
+
+
+def training_step(model: nn.Module) -> dict[str, Tensor]:
+    """One training forward and backward of a compressed :class:`Net` through its host, with forced values.
+
+    Each activation quantizer is calibrated from, and then given, values by formula, so that the order in which a host
+    adds floats cannot turn a code; gradients still run through the whole network.
+
+    :return: by name: codes (``int16``) and scale of every activation quantizer and the local gradients of all
+        quantizers, which are the same on every host; gradients of the network's weights, the same but for rounding.
+    """
+    from fat_plugins import named_quantizers
+
+    found: dict[str, Tensor] = {}
+    count = 0
+    handles = []
+
+    def force(quantizer: nn.Module, inputs: tuple) -> tuple:
+        nonlocal count
+        (x,) = inputs
+        forced = _input_of(count, x.shape)
+        quantizer.reset_calibration()
+        quantizer.calibrate(forced)
+        count += 1
+        return (forced + (x - x.detach()),)
+
+    def record(quantizer: nn.Module, inputs: tuple, out: Tensor) -> None:
+        weight = quantizer.role == "weight"
+        name = f"weight {quantizer.spec.name.removesuffix('.weight')}" if weight else f"input {ACTIVATIONS[count - 1]}"
+        x = inputs[0].detach().requires_grad_()
+        parameters = [p for p in quantizer.parameters() if p.requires_grad]
+        with torch.enable_grad():
+            again = quantizer.quantize(x)
+            gradients = torch.autograd.grad(
+                again, [x, *parameters], 5 * formula(tuple(x.shape), 307), allow_unused=True
+            )
+        assert torch.equal(again, out), name
+        found[f"{name}/grad"] = gradients[0]
+        for i, gradient in enumerate(gradients[1:]):
+            if gradient is not None:
+                found[f"{name}/grad of parameter {i}"] = gradient.reshape(-1)
+        if not weight:
+            form = quantizer.form()
+            found[f"{name}/codes"], found[f"{name}/scale"] = form.encode(out.detach()).to(torch.int16), form.scale
+
+    for _, quantizer in named_quantizers(model):
+        if quantizer.role == "activation":
+            handles.append(quantizer.register_forward_pre_hook(force))
+        handles.append(quantizer.register_forward_hook(record))
+    model.train()
+    output = model(batch())
+    for handle in handles:
+        handle.remove()
+    assert count == len(ACTIVATIONS)
+    output.backward(formula(tuple(output.shape), 401))
+    found["output"] = output.detach()
+    for name, parameter in model.named_parameters():
+        if name.removesuffix(".weight") in LAYERS:
+            found[f"total {name}"] = parameter.grad.detach().clone()
+    return {name: tensor.detach().contiguous() for name, tensor in found.items()}
+
+
+def check_training_step(found: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
+    """Compare :func:`training_step` with the stored one: codes and scales bit for bit, sums of floats but for rounding.
+
+    :raises AssertionError: names the tensor.
+    """
+    assert found.keys() == stored.keys(), sorted(found.keys() ^ stored.keys())
+    for name, tensor in found.items():
+        wanted = stored[name]
+        assert tensor.shape == wanted.shape, name
+        if name.endswith(("/codes", "/scale")):
+            assert torch.equal(tensor, wanted), name
+        else:
+            torch.testing.assert_close(
+                tensor,
+                wanted,
+                rtol=1e-4,
+                atol=1e-5 * float(wanted.abs().max()),
+                msg=lambda text, n=name: f"{n}: {text}",
+            )
+
+
+def stored_step(name: str) -> dict[str, Tensor]:
+    """The stored :func:`training_step` of one config."""
+    from safetensors.torch import load_file
+
+    prefix = f"{name}/step/"
+    return {k.removeprefix(prefix): v for k, v in load_file(str(DATA)).items() if k.startswith(prefix)}
+
+
 def main() -> None:
     """Write the stored results."""
     import os
 
     from safetensors.torch import save_file
 
+    torch.set_num_threads(1)  # as in the tests
+
     tensors = {}
     for name, config in configs().items():
-        weights = quantized_weights(compress(config))
+        model = compress(config)
+        weights = quantized_weights(model)
         tensors.update({f"{name}/{layer}": w.contiguous() for layer, w in weights.items()})
+        tensors.update({f"{name}/step/{key}": tensor for key, tensor in training_step(model).items()})
     temporary = DATA.with_suffix(".tmp")
     save_file(tensors, str(temporary))
     os.replace(temporary, DATA)

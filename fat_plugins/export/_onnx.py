@@ -309,10 +309,10 @@ def _rewrite_use(
 ) -> dict[str, Any]:
     """Give one reader of a weight its constants; returns where they are."""
     is_layer = index == 1 and node.op_type in (*_LAYERS, "Gemm")
-    if is_layer and node.op_type == "Gemm":
-        node, perm = _matmul(graph, node, perm, layer)
-    parts = grids(entry.module.form, entry.module.codes.detach().cpu())
     own = graph.fresh(layer)
+    if is_layer and node.op_type == "Gemm":
+        node, perm = _matmul(graph, node, perm, own)
+    parts = grids(entry.module.form, entry.module.codes.detach().cpu())
     names = [f"{layer}.weight"] if len(parts) == 1 else [f"{layer}.weight.{i}" for i in range(len(parts))]
     tensors = []
     for (form, codes), name in zip(parts, names, strict=True):

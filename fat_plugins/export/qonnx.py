@@ -20,7 +20,7 @@ from fat_plugins.export._onnx_graph import Graph, ModelFile, Runner, load, need,
 from fat_plugins.export._onnx_graph import execute as _execute
 from fat_plugins.export.common import ExportReport, first_line, largest_below
 from fat_plugins.export.verify import VerifyReport, compare
-from fat_plugins.forms import Codebook, Form, UniformGrid
+from fat_plugins.forms import Codebook, Form, Staircase, UniformGrid
 
 _DOMAIN = "qonnx.custom_op.general"
 #: FINN takes neither of them in front of an unsigned quantizer
@@ -78,13 +78,12 @@ class _QONNX:
         by_tensor = {e.node.output[0]: e for e in entries if e.kind == "activation"}
         for node in [n for n in graph.nodes if n.op_type == "Clip" and len(n.input) == 3]:
             low, high = (graph.value(name) for name in node.input[1:])
-            behind = [by_tensor.get(n.output[0]) for n, _ in graph.readers(node.output[0])]
+            out = node.output[0]
+            behind = [by_tensor.get(n.output[0]) for n, _ in graph.readers(out)]
             if low is None or high is None or float(low) != 0 or not any(behind):
                 continue
-            if (
-                all(e and _saturates(e.module.form, float(high)) for e in behind)
-                and node.output[0] not in graph.output_names
-            ):
+            unseen = all(e and _saturates(e.module.form, float(high)) for e in behind)
+            if unseen and out not in graph.output_names:
                 node.op_type = "Relu"
                 del node.input[1:], node.attribute[:]
             else:
@@ -107,22 +106,22 @@ class _QONNX:
         if isinstance(form, Codebook) and form.levels.tolist() == [-1, 1]:
             graph.add("BipolarQuant", [constant, scale], out, out, domain=_DOMAIN)
             return out
-        low, high = (
-            (form.low, form.high) if isinstance(form, UniformGrid) else (int(form.levels[0]), int(form.levels[-1]))
-        )
-        narrow = isinstance(form, Codebook) or form.narrow
-        _quant(graph, constant, scale, out, name, _container(low, high, form.bits, narrow))
+        if isinstance(form, UniformGrid):
+            container = _container(form.low, form.high, form.bits, form.narrow)
+        else:
+            container = _container(int(form.levels[0]), int(form.levels[-1]), 1, True)
+        _quant(graph, constant, scale, out, name, container)
         return out
 
     def activation(self, graph: Graph, form: Form, source: str, out: str, entry: Entry) -> list[Any]:
         """``Quant`` for a uniform grid; ``MultiThreshold``, Add and Mul for any other steps."""
         rank = graph.rank(out)
+        if isinstance(form, UniformGrid) and form.signed and form.bits == 1:
+            form = _two_codes(form)
         if form.scale.numel() > 1:
             entry.notes.append("one scale per channel, which FINN does not take behind an activation")
             if rank is None or (rank not in (2, 4) and not isinstance(form, UniformGrid)):
-                raise ExportError(
-                    f"{entry.name}: thresholds per channel need a tensor of 2 or 4 dimensions, got {rank}"
-                )
+                raise ExportError(f"{entry.name}: thresholds per channel of a tensor of rank {rank}; allowed: 2, 4")
         scale = form.scale.detach().cpu().float().numpy()
         view = channel_view(scale, rank or 1, form.channel_axis)
         name = entry.name
@@ -148,10 +147,16 @@ def _container(low: int, high: int, bits: int, narrow: bool) -> tuple[int, bool,
     """
     if low >= 0:
         bits = max(bits, high.bit_length(), 1)
-        return bits, False, narrow and high < 2**bits - 1 and bits > 1 and high == 2**bits - 2
+        return bits, False, narrow and high == 2**bits - 2
     while -(2 ** (bits - 1)) > low or 2 ** (bits - 1) - 1 < high or bits < 2:
         bits += 1
     return bits, True, narrow and low > -(2 ** (bits - 1))
+
+
+def _two_codes(form: UniformGrid) -> Staircase:
+    """A grid of the codes -1 and 0, which no Quant node has. Its tie, -0.5, is rounded to the upper code."""
+    tie = torch.nextafter(torch.tensor([-0.5]), torch.tensor([-1.0]))
+    return Staircase(1, torch.tensor([-1, 0]), tie.double(), form.scale, form.channel_axis)
 
 
 def _quant(graph: Graph, source: str, scale: str, out: str, name: str, container: tuple[int, bool, bool]) -> Any:

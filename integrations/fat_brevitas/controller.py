@@ -15,8 +15,7 @@ class Scheduler:
     """Counts steps and epochs and tells quantizers and coordinators.
 
     Call :meth:`epoch_step` at the start of each epoch and :meth:`step` at the start of each training step. Both
-    counters
-    are -1 before the first call.
+    counters are -1 before the first call.
 
     :ivar total_steps, total_epochs: what the training plans, when known; set them for algorithms whose schedules need
         an end.

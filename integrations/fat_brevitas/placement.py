@@ -8,6 +8,7 @@ The graph is traced and rewritten by Brevitas's own transforms.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +79,10 @@ def trace(model: nn.Module, *, merge_bn: bool, equalize: bool) -> Traced:
     model = copy.deepcopy(model).eval()
     modules = dict(model.named_modules())
     try:
-        graph = brevitas_symbolic_trace(model)
+        with warnings.catch_warnings():
+            # a name of torch's that Brevitas's tracer still uses
+            warnings.filterwarnings("ignore", ".treespec.children_specs.", FutureWarning)
+            graph = brevitas_symbolic_trace(model)
         _free_names(graph)
         for rewrite in (
             TorchFunctionalToModule(),

@@ -8,6 +8,7 @@ clearer error), so scripts that import them from ``nncf`` and ``nncf.torch`` sta
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from fat_nncf.versions import generation
@@ -22,28 +23,33 @@ else:
     from fat_nncf.modern import NNCFConfig, create_compressed_model, freeze, quantize, register_default_init_args
 
 
-def export_openvino(*args: Any, **kwargs: Any) -> Any:
-    """Write an OpenVINO IR; see :func:`fat_nncf.export.export_openvino`, imported only now (it needs openvino)."""
-    from fat_nncf.export import export_openvino as write
+def _later(name: str) -> Any:
+    """A function of :mod:`fat_nncf.export`, which is imported with its exporters on first use."""
 
-    return write(*args, **kwargs)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(import_module("fat_nncf.export"), name)(*args, **kwargs)
+
+    call.__name__ = call.__qualname__ = name
+    call.__doc__ = f"See :func:`fat_nncf.export.{name}`."
+    return call
 
 
-def verify_openvino(*args: Any, **kwargs: Any) -> Any:
-    """Compare an IR with the model, code by code; see :func:`fat_nncf.export.verify_openvino`."""
-    from fat_nncf.export import verify_openvino as check
-
-    return check(*args, **kwargs)
-
+export_openvino, verify_openvino = _later("export_openvino"), _later("verify_openvino")
+export_qonnx, verify_qonnx = _later("export_qonnx"), _later("verify_qonnx")
+export_onnx, verify_onnx = _later("export_onnx"), _later("verify_onnx")
 
 __all__ = [
     "GENERATION",
     "NNCFConfig",
     "create_compressed_model",
+    "export_onnx",
     "export_openvino",
+    "export_qonnx",
     "freeze",
     "param_groups",
     "quantize",
     "register_default_init_args",
+    "verify_onnx",
     "verify_openvino",
+    "verify_qonnx",
 ]

@@ -1,4 +1,4 @@
-"""The same JSON, weights and batch give the same quantized weights on every NNCF, bit for bit."""
+"""The same JSON, weights and batch give the same codes and gradients on every host, bit for bit."""
 
 import crossgen
 import pytest
@@ -7,9 +7,11 @@ from safetensors.torch import load_file
 
 
 @pytest.mark.parametrize("name", crossgen.configs())
-def test_quantized_weights_equal_the_stored_ones(name):
+def test_codes_and_gradients_equal_the_stored_ones(name):
     stored = load_file(str(crossgen.DATA))
-    found = crossgen.quantized_weights(crossgen.compress(crossgen.configs()[name]))
+    model = crossgen.compress(crossgen.configs()[name])
+    found = crossgen.quantized_weights(model)
     assert set(found) == set(crossgen.LAYERS)
     for layer, weight in found.items():
         assert torch.equal(weight, stored[f"{name}/{layer}"]), layer
+    crossgen.check_training_step(crossgen.training_step(model), crossgen.stored_step(name))
