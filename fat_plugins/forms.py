@@ -221,6 +221,11 @@ class SumOfGrids:
         """The axis that per-channel scales run along."""
         return max(self.parts, key=lambda p: p.scale.numel()).channel_axis
 
+    @property
+    def scale(self) -> Tensor:
+        """Scale of the first part that has one per channel, else of the first part: its length is that of the form."""
+        return max(self.parts, key=lambda p: p.scale.numel()).scale
+
     def _fields(self) -> list[tuple[UniformGrid | Codebook, int]]:
         """Every part and the bit where its field begins."""
         return [(part, sum(p.bits for p in self.parts[:i])) for i, part in enumerate(self.parts)]

@@ -52,6 +52,11 @@ def _dispatch(fn: Callable, x: Tensor) -> Callable:
     return _compiled[fn]
 
 
+def fused(fn: Callable, x: Tensor) -> Callable:
+    """``fn``, an elementwise function of tensors, as the backend in force runs it on tensors like ``x``."""
+    return _dispatch(fn, x)
+
+
 def wide(x: Tensor) -> Tensor:
     """Half precisions are computed in float32 (codes of a bf16 tensor would otherwise be rounded twice)."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

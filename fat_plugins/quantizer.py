@@ -281,7 +281,7 @@ class WeightQuantizer(Quantizer):
         frozen = self.freeze_codes(weight.detach())
         if self.spec.keep_zeros:
             zero = frozen.form.encode(torch.zeros_like(weight))
-            if bool(frozen.form.integers(zero).any()):
+            if bool(frozen.form.decode(zero).any()):
                 raise QuantizationError(f"{self.spec.name}: the grid has no zero, so sparsity cannot be kept")
             frozen = FrozenTensor(torch.where(weight == 0, zero, frozen.codes), frozen.form)
         return frozen

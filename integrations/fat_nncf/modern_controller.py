@@ -225,7 +225,7 @@ class Controller:
                 if not quickly_collected_only:
                     frozen = hook.core.freeze(quantizer_input(self._model, hook, slots[0]))
                     form = form_kind(frozen.form)
-                    zeros = float((frozen.form.integers(frozen.codes) == 0).float().mean())
+                    zeros = float((frozen.form.decode(frozen.codes) == 0).float().mean())
             elif hook.core.calibrated:
                 form = form_kind(hook.core.form())
             spec = hook.core.spec
