@@ -1,8 +1,8 @@
 """Which tests belong to this environment, and how all of them run.
 
-``FAT_PLUGINS_TEST_HOST`` (``none``, ``nncf2``, ``nncf3``, ``brevitas``, or several with commas) says which hosts must be
-installed: a missing one is an error then, not a pile of skipped tests. Without the variable, whatever is installed is
-tested.
+``FAT_PLUGINS_TEST_HOST`` (``none``, ``nncf2``, ``nncf3``, ``brevitas``, or several with commas) says which hosts must
+be installed: a missing one, or a package that comes with it, is an error then, not a pile of skipped tests. Without the
+variable, whatever is installed is tested.
 """
 
 from __future__ import annotations
@@ -31,15 +31,37 @@ def installed_hosts() -> tuple[str, ...]:
 
 HOSTS = installed_hosts()
 
-#: folders of tests that need a host or a package
+#: folders and files of tests that need a host or packages
 NEEDS_HOST = {"nncf2": ("nncf2",), "nncf3": ("nncf3",), "models": ("nncf2", "nncf3"), "brevitas": ("brevitas",)}
-NEEDS_PACKAGE = {"models": "torchvision", "export": "openvino"}
+NEEDS_PACKAGE = {
+    "models": ("torchvision",),
+    "test_openvino.py": ("openvino",),
+    "test_verify.py": ("openvino",),
+    "test_nncf_export.py": ("openvino", "nncf"),
+    "test_onnx.py": ("onnx", "onnxruntime"),
+    "test_nncf_onnx.py": ("onnx", "onnxruntime", "nncf"),
+    "test_qonnx.py": ("onnx", "onnxruntime", "qonnx"),
+}
+#: what must be there with a host, so that a broken installation is an error as well
+COMES_WITH = {
+    "nncf2": ("openvino", "onnx"),
+    "nncf3": ("openvino", "onnx"),
+    "brevitas": ("onnx", "onnxruntime", "qonnx"),
+}
+
+
+def missing(packages: tuple[str, ...]) -> list[str]:
+    """Those of ``packages`` that are not installed."""
+    return [name for name in packages if find_spec(name) is None]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     wanted = os.environ.get("FAT_PLUGINS_TEST_HOST")
     if wanted and set(wanted.split(",")) != set(HOSTS or ("none",)):
         raise pytest.UsageError(f"FAT_PLUGINS_TEST_HOST={wanted}, but installed is {', '.join(HOSTS) or 'none'}")
+    absent = missing(tuple(name for host in HOSTS for name in COMES_WITH[host]))
+    if wanted and absent:
+        raise pytest.UsageError(f"FAT_PLUGINS_TEST_HOST={wanted}, but not installed is {', '.join(absent)}")
     # the numbers of a test must not depend on how many cores the machine has
     import torch
 
@@ -51,13 +73,14 @@ def pytest_ignore_collect(collection_path, config):
     for part in parts:
         if part in NEEDS_HOST and not set(HOSTS) & set(NEEDS_HOST[part]):
             return True
-        if part in NEEDS_PACKAGE and find_spec(NEEDS_PACKAGE[part]) is None:
+        if part in NEEDS_PACKAGE and missing(NEEDS_PACKAGE[part]):
             return True
     return None
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"hosts: {', '.join(HOSTS) or 'none'}"
+    left_out = [f"{part} (no {', '.join(missing(p))})" for part, p in NEEDS_PACKAGE.items() if missing(p)]
+    return f"hosts: {', '.join(HOSTS) or 'none'}; left out: {'; '.join(left_out) or 'nothing'}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -83,7 +83,10 @@ class Dialect(Protocol):
         """Element type of a weight in the file and its bits."""
 
     def activation(self, graph: Graph, form: Form, source: str, out: str, entry: Entry) -> list[Any]:
-        """Add the nodes of a quantizer that reads ``source`` and gives ``out``; returns those that read ``source``."""
+        """Add the nodes of a quantizer that reads ``source`` and gives ``out``; returns those that read ``source``.
+
+        :raises ExportError: the dialect cannot hold it.
+        """
 
 
 @dataclass
@@ -118,6 +121,7 @@ def write(
     inputs = on_device(model, as_inputs(example_input))
     proto = _trace(model.eval(), inputs, dialect.opset, dynamic_batch)
     graph = Graph(proto)
+    graph.bypass_identities()
     entries = _entries(graph, model)
     dialect.prepare(graph, entries)
     _rewrite(graph, entries, dialect)

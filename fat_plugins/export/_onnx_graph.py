@@ -140,6 +140,13 @@ class Graph:
             total = target
         return total
 
+    def bypass_identities(self) -> None:
+        """Let the readers of an Identity read its input (the exporter writes one where two parameters are equal)."""
+        for node in [n for n in self.nodes if n.op_type == "Identity" and n.output[0] not in self.output_names]:
+            for reader, index in self.readers(node.output[0]):
+                reader.input[index] = node.input[0]
+            self.remove(node)
+
     def remove(self, node: Any) -> None:
         """Remove a node."""
         self.nodes = [n for n in self.nodes if n is not node]

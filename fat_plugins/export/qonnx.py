@@ -26,6 +26,9 @@ _DOMAIN = "qonnx.custom_op.general"
 #: FINN takes neither of them in front of an unsigned quantizer
 _CLIP = "a Clip stays in front of it, which FINN does not take"
 
+#: a step of several levels repeats its threshold up to this many in all; FINN builds no more than 8 bits anyway
+_MOST_THRESHOLDS = 255
+
 
 def export(
     frozen_model: nn.Module, path: str | os.PathLike, example_input: Any, *, dynamic_batch: bool = True
@@ -122,14 +125,12 @@ class _QONNX:
             entry.notes.append("one scale per channel, which FINN does not take behind an activation")
             if rank is None or (rank not in (2, 4) and not isinstance(form, UniformGrid)):
                 raise ExportError(f"{entry.name}: thresholds per channel of a tensor of rank {rank}; allowed: 2, 4")
-        scale = form.scale.detach().cpu().float().numpy()
-        view = channel_view(scale, rank or 1, form.channel_axis)
-        name = entry.name
-        if isinstance(form, UniformGrid):
-            where = graph.constant(f"{name}.scale", view)
-            bits = _container(form.low, form.high, form.bits, form.narrow)
-            return [_quant(graph, source, where, out, name, bits)]
-        return [_steps(graph, form, scale, view, source, out, name)]
+        view = channel_view(form.scale.detach().cpu().float().numpy(), rank or 1, form.channel_axis)
+        if not isinstance(form, UniformGrid):
+            return _steps(graph, form, view, source, out, entry)
+        scale = graph.constant(f"{entry.name}.scale", view)
+        container = _container(form.low, form.high, form.bits, form.narrow)
+        return [_quant(graph, source, scale, out, entry.name, container)]
 
 
 def _saturates(form: Form, value: float) -> bool:
@@ -166,26 +167,48 @@ def _quant(graph: Graph, source: str, scale: str, out: str, name: str, container
     return graph.add("Quant", inputs, out, graph.fresh(f"{name}.quant"), domain=_DOMAIN, **how)
 
 
-def _steps(graph: Graph, form: Any, scale: np.ndarray, view: np.ndarray, source: str, out: str, name: str) -> Any:
+def _steps(graph: Graph, form: Any, view: np.ndarray, source: str, out: str, entry: Entry) -> list[Any]:
     """Count thresholds, add the lowest level, multiply by the scale. A step of several levels repeats its threshold."""
-    levels, scale = form.levels.detach().cpu().numpy(), scale.reshape(-1)
+    name, levels = entry.name, form.levels.detach().cpu().numpy()
+    scale = form.scale.detach().cpu().float().numpy().reshape(-1)
     # the smallest number above the threshold, since MultiThreshold counts those that are equal as well
     above = [np.nextafter(largest_below(t, scale), np.float32(np.inf)) for t in form.thresholds.cpu().double().tolist()]
-    table = np.repeat(np.stack(above, axis=1), np.diff(levels), axis=1)
-    count = int(levels[-1] - levels[0])
-    total = out if levels[0] == 0 and bool((scale == 1).all()) else graph.fresh(f"{name}.count")
-    table = graph.constant(f"{name}.thresholds", table)
-    how = {"out_dtype": "BINARY" if count == 1 else f"UINT{count.bit_length()}", "out_scale": 1.0, "out_bias": 0.0}
-    node = graph.fresh(f"{name}.threshold")
-    first = graph.add("MultiThreshold", [source, table], total, node, like=out, domain=_DOMAIN, **how)
+    table, gaps = np.stack(above, axis=1), np.diff(levels)
+    if gaps.sum() <= _MOST_THRESHOLDS:
+        counted, first = _count(graph, np.repeat(table, gaps, axis=1), source, out, name)
+        nodes = [first]
+    else:
+        span = f"levels {levels[0]} .. {levels[-1]} take more than {_MOST_THRESHOLDS} thresholds"
+        entry.notes.append(f"{span}: one MultiThreshold per height of a step, which FINN does not take")
+        counted, nodes = _count_by_height(graph, table, gaps, source, out, name)
     if levels[0] != 0:
-        lowest = graph.constant(f"{name}.lowest", float(levels[0]))
         shifted = graph.fresh(f"{name}.level")
-        graph.add("Add", [total, lowest], shifted, shifted, like=out)
-        total = shifted
-    if total != out:
-        graph.add("Mul", [total, graph.constant(f"{name}.scale", view)], out, graph.fresh(f"{name}.scaled"))
-    return first
+        graph.add("Add", [counted, graph.constant(f"{name}.lowest", float(levels[0]))], shifted, shifted, like=out)
+        counted = shifted
+    graph.add("Mul", [counted, graph.constant(f"{name}.scale", view)], out, graph.fresh(f"{name}.scaled"))
+    return nodes
+
+
+def _count(graph: Graph, table: np.ndarray, source: str, like: str, name: str) -> tuple[str, Any]:
+    """How many thresholds lie at or below each element: the tensor and its node."""
+    out, most = graph.fresh(f"{name}.count"), table.shape[1]
+    how = {"out_dtype": "BINARY" if most == 1 else f"UINT{most.bit_length()}", "out_scale": 1.0, "out_bias": 0.0}
+    inputs = [source, graph.constant(f"{name}.thresholds", table)]
+    node = graph.add("MultiThreshold", inputs, out, graph.fresh(f"{name}.threshold"), like=like, domain=_DOMAIN, **how)
+    return out, node
+
+
+def _count_by_height(
+    graph: Graph, table: np.ndarray, gaps: np.ndarray, source: str, like: str, name: str
+) -> tuple[str, list[Any]]:
+    """The same sum with every threshold once: counted apart for each height of a step, times that height."""
+    terms, nodes = [], []
+    for height in np.unique(gaps):
+        counted, node = _count(graph, table[:, gaps == height], source, like, f"{name}.{height}")
+        term = graph.fresh(f"{name}.{height}.height")
+        graph.add("Mul", [counted, graph.constant(f"{term}.value", float(height))], term, term, like=like)
+        terms, nodes = [*terms, term], [*nodes, node]
+    return graph.sum(terms, name, graph.info(like)), nodes
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -139,8 +139,9 @@ class RunReport:
         targets, sized = self.targets, self._sized
         header = ["", "accuracy, torch", *(f"accuracy, {t.runtime}" for t in targets)]
         if targets:
-            header += ["weights file" if sized else "weight codes", "smaller by"]
-            header += [f"codes differing (ties){f', {t.runtime}' if len(targets) > 1 else ''}" for t in targets]
+            which = {t: f", {t.runtime}" if len(targets) > 1 else "" for t in targets}
+            header += [f"weights file{which[sized]}" if sized else "weight codes", "smaller by"]
+            header += [f"codes differing (ties){which[t]}" for t in targets]
         groups: dict[str, list[VariantResult]] = defaultdict(list)
         for result in self.results:
             groups[result.algorithm].append(result)

@@ -148,7 +148,7 @@ class _Converter:
 
     def _activation_layer(self, layer: Any, path: str) -> nn.Module:
         fused = layer.act_quant.fused_activation_quant_proxy
-        function = nn.Identity() if fused is None else copy.deepcopy(fused.activation_impl)
+        function = nn.Identity() if fused is None else _plain_function(fused.activation_impl)
         return self._between(layer, function, "act_quant", path)
 
     def _between(self, layer: Any, inner: nn.Module, after: str, path: str) -> nn.Module:
@@ -226,6 +226,14 @@ def _of_brevitas(module: nn.Module) -> bool:
 
 def _is_identity(module: nn.Module) -> bool:
     return type(module).__name__ in ("Identity", "_Identity")
+
+
+def _plain_function(function: nn.Module) -> nn.Module:
+    """An activation function without Brevitas's own subclass of it."""
+    plain = next((kind for kind in (nn.Sigmoid, nn.Tanh) if isinstance(function, kind)), None)
+    if plain is not None:
+        return plain()
+    return nn.Identity() if _is_identity(function) else copy.deepcopy(function)
 
 
 def _plain_mover(module: Any, path: str) -> nn.Module:

@@ -40,6 +40,8 @@ _MEAN = {torch.mean, "mean"}
 _BINARY = {operator.add, operator.iadd, torch.add, "add", "add_", operator.mul, operator.imul, torch.mul, "mul", "mul_",
            operator.truediv, operator.itruediv, torch.div, "div", "div_", operator.matmul, torch.matmul, torch.bmm,
            "matmul", "bmm"}  # fmt: skip
+_GIVE_TUPLES = (nn.RNNBase, nn.LSTMCell, nn.MultiheadAttention)
+_TUPLE_FUNCTIONS = {torch.topk, torch.sort, torch.unbind, torch.std_mean, torch.var_mean, "topk", "sort", "unbind"}
 #: reads the shape, not the values
 _SHAPE_ONLY = {"size", "dim", "numel", "type", "ndimension", getattr}
 _WEIGHTED_FUNCTIONS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
@@ -92,8 +94,17 @@ class Traced:
         """Moves or selects values and changes none."""
         if node.op == "call_module":
             return isinstance(self.module(node), _AGNOSTIC_MODULES)
+        if node.target is operator.getitem and self._gives_tuple(node.args[0]):
+            return False  # what it picks is a tensor of its own
         known = _AGNOSTIC_FUNCTIONS if node.op == "call_function" else _AGNOSTIC_METHODS
         return node.op in ("call_function", "call_method") and node.target in known
+
+    def _gives_tuple(self, node: Node) -> bool:
+        return isinstance(self.module(node), _GIVE_TUPLES) or node.target in _TUPLE_FUNCTIONS
+
+    def gives_no_tensor(self, node: Node) -> bool:
+        """Its output cannot be quantized: a tuple, whose parts are picked later, or a shape."""
+        return self.is_shape(node) or self._gives_tuple(node)
 
     def is_quantizable(self, node: Node) -> bool:
         """Runs on integers when its inputs are quantized."""

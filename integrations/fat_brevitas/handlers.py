@@ -135,12 +135,13 @@ class _DeployedProxy:
 
 
 def _layer_of(layers: list[nn.Module], weight: Tensor) -> int:
-    """Which layer's weight a handler was given; traced tensors have no address, so it is the attribute that counts."""
-    for i, layer in enumerate(layers):
-        if layer.weight is weight:
-            return i
+    """Which layer's weight a handler was given. Brevitas hands out a view, and traced tensors have no address."""
     if len(layers) == 1:
         return 0
+    storage = weight.untyped_storage()._cdata
+    for i, layer in enumerate(layers):
+        if layer.weight.untyped_storage()._cdata == storage:
+            return i
     raise ExportError("a weight quantizer that several layers share was called with a weight that is none of theirs")
 
 
@@ -253,6 +254,15 @@ class _ActMixin:
 
     handled_layer = PluginActQuantProxy
     absorbs_activation = False
+    _disabled = False
+
+    def prepare_for_export(self, proxy: PluginActQuantProxy) -> None:
+        self._disabled = not proxy.is_quant_enabled
+        super().prepare_for_export(proxy)
+
+    def symbolic_execution(self, x: Tensor) -> tuple:
+        # Brevitas up to 0.10 also asks the handlers of quantizers that are switched off
+        return (x, None, None, None) if self._disabled else super().symbolic_execution(x)
 
 
 class _QONNXActMixin(_ActMixin):

@@ -35,8 +35,8 @@ from fat_plugins.quantizer import TensorSpec
 from fat_plugins.scopes import as_list
 
 #: calls that Brevitas's own list of functions with a module leaves out
-_FUNCTIONS = ((torch.relu, nn.ReLU), (torch.relu_, nn.ReLU), (torch.sigmoid, nn.Sigmoid), (torch.tanh, nn.Tanh))
-_METHODS = (("relu", nn.ReLU), ("relu_", nn.ReLU), ("sigmoid", nn.Sigmoid), ("tanh", nn.Tanh))
+_FUNCTIONS = ((torch.relu, nn.ReLU), (torch.relu_, nn.ReLU))
+_METHODS = (("relu", nn.ReLU), ("relu_", nn.ReLU))
 #: activation functions that become one Brevitas layer together with their quantizer, and the bound on calibration
 _FUSED: dict[type, float | None] = {nn.ReLU: None, nn.ReLU6: 6.0}
 _EQUALIZE_ITERATIONS = 20
@@ -182,7 +182,7 @@ class Placement:
     def _sites(self) -> Iterator[Site]:
         for node in self.traced.nodes:
             producer = node.op in ("placeholder", "call_module", "call_function", "call_method")
-            if not producer or self.traced.is_agnostic(node) or self.traced.is_shape(node):
+            if not producer or self.traced.is_agnostic(node) or self.traced.gives_no_tensor(node):
                 continue
             if node.op == "placeholder" and not self.config.quantize_inputs:
                 continue

@@ -54,6 +54,19 @@ class PluginWeightQuantProxy(_Exported, WeightQuantProxyFromInjector):
         pass
 
     @property
+    def cache_class(self) -> Any:
+        """Makes what Brevitas stores of a quantized weight in its inference mode."""
+        return self._cached
+
+    @cache_class.setter
+    def cache_class(self, value: Any) -> None:
+        self._stock_cache = value
+
+    def _cached(self, out: Any, metadata_only: bool) -> Any:
+        # a form without a single scale comes as a plain tensor, which has nothing that Brevitas would ask for
+        return None if isinstance(out, Tensor) else self._stock_cache(out, metadata_only=metadata_only)
+
+    @property
     def is_narrow_range(self) -> bool | None:
         """Whether the lowest code is unused; ``None`` before the first forward."""
         container = self.tensor_quant.container if self.tensor_quant is not None else None

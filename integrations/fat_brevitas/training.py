@@ -56,15 +56,15 @@ class QuantizationCallback:
     Lightning looks methods up by name, so nothing is imported from it; hooks that are not here do nothing.
     """
 
-    def on_train_start(self, trainer: Any, pl_module: nn.Module, *args: Any) -> None:
+    def on_train_start(self, trainer: Any, pl_module: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Announce the plan."""
         self._announce(trainer, pl_module)
 
-    def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module, *args: Any) -> None:
+    def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Announce the epoch."""
         self._announce(trainer, pl_module)
 
-    def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, *args: Any) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Announce the step."""
         self._announce(trainer, pl_module)
 

@@ -181,6 +181,18 @@ def test_staircase_codes_at_ties(levels, scale, tmp_path):
     assert set(cases.operations(tmp_path / "m.onnx")) <= {"MultiThreshold", "Add", "Mul"}
 
 
+def test_wide_staircases_stay_small(tmp_path):
+    """Powers of two of 4 bits span 2^14 steps: one threshold each, not one per step."""
+    levels = powers(15, False)
+    form = Staircase(4, levels, levels[:-1].double() + levels.diff().double() / 2, torch.tensor([3 / 2**14]))
+    with pytest.warns(UserWarning, match=r"act: levels 0 \.\. 16384 take more than 255 thresholds"):
+        cases.assert_codes(qonnx, form, cases.near_thresholds(form, form.thresholds), tmp_path / "m.onnx")
+    assert os.path.getsize(tmp_path / "m.onnx") < 20_000
+    model = build(Single, "l", 3, 4, activation=form)
+    with pytest.warns(UserWarning, match="more than 255"):
+        cases.exact(qonnx, model, tmp_path / "m.onnx", torch.rand(4, 3, 8, 8) * 4)
+
+
 def test_per_channel_activations(tmp_path):
     scale = torch.tensor([0.1, 0.37, 2.0])
     for form in (

@@ -120,7 +120,7 @@ def test_every_runtime_has_its_columns_and_codes_are_counted_at_their_width():
 def test_the_packed_file_gives_the_size_where_there_is_one():
     run = report(files("qonnx", "openvino", "onnx"))
     header, rows = run.summary()
-    assert header[5:7] == ["weights file", "smaller by"]
+    assert header[5:7] == ["weights file, OpenVINO", "smaller by"]
     assert rows[0][5:7] == ["7,900 B", "1.00"]
     assert rows[1][5:7] == ["1,000 B", "7.90"]
     assert "weight codes" not in run.sizes()
