@@ -219,6 +219,8 @@ class WeightQuantizer(Quantizer):
     needs_input: ClassVar[bool] = False
     #: ``quantize`` works element by element, so also on a part of the input channels (GPTQ hands out columns)
     accepts_slices: ClassVar[bool] = False
+    #: it sets weights to zero by a rule of its own (unless ``spec.keep_zeros``), and hosts report how many
+    prunes: ClassVar[bool] = False
 
     def __init__(self, spec: TensorSpec, params: Params) -> None:
         where = spec.name or "weight"

@@ -1,8 +1,8 @@
 """Quantization Networks (Yang et al., CVPR 2019, arXiv 1911.09464): a staircase of sigmoids that hardens in training.
 
-In training a quantizer is ``alpha * (Y_1 + sum_i s_i sigmoid(T (beta x - b_i)))`` with a steepness ``T`` that grows with
-the epoch; in evaluation the sigmoids are steps. ``alpha`` and ``beta`` are learned, the thresholds ``b`` are set once.
-No straight-through estimator: the gradient is that of the soft function. Sections quoted below are those of the
+In training a quantizer is ``alpha * (Y_1 + sum_i s_i sigmoid(T (beta x - b_i)))`` with a steepness ``T`` that grows
+with the epoch; in evaluation the sigmoids are steps. ``alpha`` and ``beta`` are learned, the thresholds ``b`` are set
+once. No straight-through estimator: the gradient is that of the soft function. Sections quoted below are those of the
 project's Quantization Networks specification.
 
 Choices of our own where paper and code say nothing: signed activations take the weights' form, activations with
@@ -109,19 +109,19 @@ def uniform_thresholds(levels: tuple[int, ...]) -> Tensor:
 def kmeans(values: Tensor, clusters: int, iterations: int = 300) -> Tensor | None:
     """Ascending centres (float64) of ``clusters`` clusters of numbers, ``None`` when fewer distinct values are there.
 
-    Lloyd's algorithm from two deterministic starts, of which the better result is taken.
+    Lloyd's algorithm from two deterministic starts, of which the better result is taken: quantiles of the distinct
+    values, and splitting the cluster of the greatest error at its mean until there are enough.
     """
-    v = values.detach().double().flatten().sort().values
+    v = values.detach().double().flatten().cpu().sort().values
     if v.numel() > _SAMPLES:
-        v = v[torch.linspace(0, v.numel() - 1, _SAMPLES, device=v.device).round().long()]
+        v = v[torch.linspace(0, v.numel() - 1, _SAMPLES).round().long()]
     distinct = v.unique()
     if distinct.numel() < clusters:
         return None
     sums = torch.cat([v.new_zeros(1), v.cumsum(0)])
-    middle = (torch.arange(clusters, dtype=torch.float64, device=v.device) + 0.5) / clusters
-    starts = (distinct[(middle * distinct.numel()).long()], v[0] + middle * (v[-1] - v[0]))
+    quantiles = (torch.arange(clusters, dtype=torch.float64) + 0.5) / clusters * distinct.numel()
     best, least = None, float("inf")
-    for centres in starts:
+    for centres in (distinct[quantiles.long()], _split(v, sums, clusters)):
         for _ in range(iterations):
             inner = torch.searchsorted(v, (centres[1:] + centres[:-1]) / 2)
             edges = torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), v.numel())])
@@ -135,6 +135,23 @@ def kmeans(values: Tensor, clusters: int, iterations: int = 300) -> Tensor | Non
         if error < least:
             best, least = centres, error
     return best
+
+
+def _split(v: Tensor, sums: Tensor, clusters: int) -> Tensor:
+    """Means of ``clusters`` parts of the sorted ``v`` (prefix sums ``sums``), each part split off the worst one."""
+    squares = torch.cat([v.new_zeros(1), v.square().cumsum(0)])
+    edges = torch.tensor([0, v.numel()])
+    while True:
+        totals, count = sums[edges].diff(), edges.diff()
+        if count.numel() == clusters:
+            return totals / count
+        error = squares[edges].diff() - totals.square() / count
+        error[v[edges[:-1]] == v[edges[1:] - 1]] = -1  # equal values cannot be told apart
+        worst = int(error.argmax())
+        first, last = int(edges[worst]), int(edges[worst + 1])
+        middle = first + int(torch.searchsorted(v[first:last], totals[worst] / count[worst]))
+        middle = min(max(middle, first + 1), last - 1)
+        edges = torch.cat([edges[: worst + 1], torch.tensor([middle]), edges[worst + 1 :]])
 
 
 def fitted_thresholds(scaled: Tensor, levels: tuple[int, ...], middle: bool) -> Tensor:

@@ -1,7 +1,7 @@
 """SQuantizer (Park, Xu, Brick, 2018, arXiv 1812.08301): sparse and low-bit weights in one training.
 
-In every forward a threshold from mean and deviation of the dense weights prunes, and the survivors are quantized between
-that threshold and the largest magnitude; their gradient reaches the dense weights, that of the pruned ones is zero.
+In every forward a threshold from mean and deviation of the dense weights prunes, and the survivors are quantized
+between it and the largest magnitude; their gradient reaches the dense weights, that of the pruned ones is zero.
 Activations are PACT's. Sections quoted below are those of the project's SQuantizer specification.
 
 Our own: the ``aligned`` grid, zeros of another sparsity algorithm in the place of the threshold (``keep_zeros``), and
@@ -91,6 +91,7 @@ class SQuantizerWeight(WeightQuantizer):
     """Sections 3 and 4, one threshold and range per tensor. Nothing is learned beside the dense weights."""
 
     params: SQuantizerParams
+    prunes = True
 
     def __init__(self, spec: TensorSpec, params: SQuantizerParams) -> None:
         super().__init__(spec, params)
@@ -100,8 +101,8 @@ class SQuantizerWeight(WeightQuantizer):
         self.waiting = False
 
     def on_progress(self, progress: Progress) -> None:
-        """Section 7, Algorithm 1: float weights until the delay is over. Without ``delay_epochs`` and with a training of
-        unknown length there is no delay."""
+        """Section 7, Algorithm 1: float weights until the delay is over. Without ``delay_epochs``, in a training of
+        unknown length, there is none."""
         done, total = progress.step, progress.total_steps
         if self.params.delay_epochs is not None:
             self.waiting = progress.epoch < self.params.delay_epochs
