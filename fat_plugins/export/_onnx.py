@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from fat_plugins.errors import ExportError
-from fat_plugins.export._onnx_graph import KEY, Graph, onnx
+from fat_plugins.export._onnx_file import KEY
+from fat_plugins.export._onnx_graph import Graph, onnx
 from fat_plugins.export.common import (
     ExportReport,
     LayerReport,
@@ -93,7 +94,7 @@ class Dialect(Protocol):
 class Entry:
     """One quantized tensor of the written graph, in execution order.
 
-    :param uses: of a weight, one per reader; what :class:`fat_plugins.export._onnx_graph.ModelFile` needs to find it.
+    :param uses: of a weight, one per reader; what :class:`fat_plugins.export._onnx_file.ModelFile` needs to find it.
     :param place: of an activation, the same.
     """
 
@@ -284,9 +285,7 @@ def _entries(graph: Graph, model: nn.Module) -> list[Entry]:
 # rewriting
 # --------------------------------------------------------------------------------------------------------------------
 def _rewrite(graph: Graph, entries: list[Entry], dialect: Dialect) -> None:
-    outputs = graph.output_names
-    for i, name in enumerate(outputs):
-        graph.rename(name, "output" if len(outputs) == 1 else f"output{i}")
+    graph.name_outputs()
     taken: set[tuple[str, str]] = set()
     for entry in entries:
         if entry.kind == "weight":

@@ -14,8 +14,9 @@ from torch import nn
 from fat_plugins.errors import ExportError
 from fat_plugins.export import _onnx
 from fat_plugins.export._onnx import Entry, Grid, channel_view
-from fat_plugins.export._onnx_graph import Graph, ModelFile, Runner, load, need
-from fat_plugins.export._onnx_graph import execute as _execute
+from fat_plugins.export._onnx_file import ModelFile, Runner, load
+from fat_plugins.export._onnx_file import execute as _execute
+from fat_plugins.export._onnx_graph import Graph, need
 from fat_plugins.export.common import ExportReport, first_line, largest_below
 from fat_plugins.export.verify import VerifyReport, compare
 from fat_plugins.forms import Codebook, Form, UniformGrid

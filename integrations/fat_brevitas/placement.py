@@ -23,6 +23,7 @@ from brevitas.graph.equalize import EqualizeGraph
 from brevitas.graph.fixed_point import CollapseConsecutiveConcats, MergeBatchNorm
 from brevitas.graph.standardize import DuplicateSharedStatelessModule, TorchFunctionalToModule
 from brevitas.graph.utils import set_module
+from brevitas.proxy.quant_proxy import QuantProxyFromInjector
 from torch import nn
 from torch.nn.utils import prune
 
@@ -73,8 +74,11 @@ def detach_pruned(model: nn.Module) -> None:
 def trace(model: nn.Module, *, merge_bn: bool, equalize: bool) -> Traced:
     """A traced copy of a float model in evaluation mode, after Brevitas's standard passes.
 
-    :raises HostError: it cannot be traced; names the reason.
+    :raises HostError: it cannot be traced (names the reason), or holds Brevitas layers already.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, QuantProxyFromInjector):
+            raise HostError(f"{type(model).__name__} is quantized already (at {name!r}); give the float model")
     detach_pruned(model)
     model = copy.deepcopy(model).eval()
     modules = dict(model.named_modules())
@@ -114,7 +118,8 @@ def _free_names(graph: GraphModule) -> None:
     taken = dict(graph.named_modules())
     for node in graph.graph.nodes:
         while node.op in ("call_function", "call_method") and node.name in taken:
-            node.name = graph.graph._graph_namespace.create_name(f"{node.name}_op", node)
+            # not registered for the node: the tracer's name for it would come back
+            node.name = graph.graph._graph_namespace.create_name(f"{node.name}_op", None)
 
 
 def _dropout_to_module(graph: GraphModule) -> None:

@@ -33,8 +33,9 @@ def freeze(model: nn.Module, inplace: bool = False) -> nn.Module:
     :raises ExportError: an activation quantizer is not calibrated, or no stock quantizer holds a form (a staircase, a
         sum of grids); the layer is named, and nothing has changed.
     """
+    _refuse_computed_weights(model)  # torch cannot copy them either
     model = model if inplace else deepcopy(model)
-    plan = [*_frozen_weights(model), *_frozen_acts(model)]  # everything is checked before anything is changed
+    plan = [*_frozen_acts(model), *_frozen_weights(model)]  # everything is checked before anything is changed
     for owner, attribute, proxy, value in plan:
         if value is not None:
             with torch.no_grad():
@@ -67,6 +68,15 @@ def _like(proxy: nn.Module, new: nn.Module) -> nn.Module:
 # --------------------------------------------------------------------------------------------------------------------
 # weights
 # --------------------------------------------------------------------------------------------------------------------
+def _refuse_computed_weights(model: nn.Module) -> None:
+    for path, layer, _, _ in _places(model, PluginWeightQuantProxy):
+        if not isinstance(layer.weight, nn.Parameter):
+            raise ExportError(
+                f"{path}: its weight is computed from other parameters (pruning, parametrization); make it permanent "
+                "first (torch.nn.utils.prune.remove or parametrize.remove_parametrizations)"
+            )
+
+
 def _frozen_weights(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module, Tensor | None]]:
     plan, written = [], {}
     for path, layer, attribute, proxy in _places(model, PluginWeightQuantProxy):
@@ -75,11 +85,6 @@ def _frozen_weights(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module, T
             plan.append((layer, attribute, _like(proxy, injector.proxy_class(layer, injector)), None))
             continue
         weight = layer.weight
-        if not isinstance(weight, nn.Parameter):
-            raise ExportError(
-                f"{path}: its weight is computed from other parameters (pruning, parametrization); make it permanent "
-                "first (torch.nn.utils.prune.remove or parametrize.remove_parametrizations)"
-            )
         frozen = proxy.freeze(weight)
         container = _container(path, "weight", frozen.form)
         value = frozen.form.decode(frozen.codes).to(weight.dtype)

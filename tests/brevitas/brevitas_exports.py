@@ -38,9 +38,7 @@ class Chain(nn.Module):
 
     def __init__(self, algorithm: str, bits: int, per_channel: bool = False, act: str | type | None = None, **options):
         super().__init__()
-        weight = fat_brevitas.weight_quant(
-            algorithm, bit_width=bits, scaling_per_output_channel=per_channel or None, **options
-        )
+        weight = fat_brevitas.weight_quant(algorithm, bit_width=bits, scaling_per_output_channel=per_channel, **options)
         made = act if isinstance(act, type) else fat_brevitas.act_quant(act or algorithm, bit_width=bits)
         self.inp = qnn.QuantIdentity(act_quant=fat_brevitas.act_quant("minmax", bit_width=8))
         self.conv1 = qnn.QuantConv2d(3, 6, 3, bias=False, weight_quant=weight)

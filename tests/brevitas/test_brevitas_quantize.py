@@ -41,10 +41,10 @@ def test_residual_network():
     for key, value in net.named_parameters():
         assert torch.equal(state[key], value), key
     # functional dropout follows the mode of the model
-    model.train()
-    assert not torch.equal(model(images()), model(images()))
+    (dropout,) = [m for m in model.modules() if isinstance(m, nn.Dropout)]
+    assert dropout.p == 0.5 and dropout.training
     model.eval()
-    assert torch.equal(model(images()), model(images()))
+    assert not dropout.training
 
 
 def test_mobile_network():
@@ -294,3 +294,23 @@ def test_models_that_cannot_be_quantized():
 
     with pytest.raises(HostError, match="gives another output"):
         fat_brevitas.quantize(Counting(), SECTION, example_input=torch.ones(1, 4))
+    model = fat_brevitas.quantize(crossgen.Net(), SECTION)
+    with pytest.raises(HostError, match="Net is quantized already"):
+        fat_brevitas.quantize(model, SECTION)
+
+
+def test_modules_that_are_named_like_functions():
+    class Clash(nn.Module):
+        """Its layers have the names that a tracer gives to the functions."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.relu, self.relu_1 = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(self.relu_1(torch.relu(self.relu(x))))
+
+    x = torch.randn(3, 4)
+    model = fat_brevitas.quantize(Clash(), SECTION, [x], example_input=x)
+    assert set(where(model, "weight")) == {"relu", "relu_1"} and len(where(model, "activation")) == 2
+    assert torch.equal(fat_brevitas.frozen(model.eval())(x), model(x))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from frozen_nets import Layer, activation_grid, codebook, powers, staircase, weight_grid
 from torch import nn
 
-from fat_plugins.export._onnx_graph import KEY
+from fat_plugins.export._onnx_file import KEY
 from fat_plugins.forms import Codebook, SumOfGrids, UniformGrid
 from fat_plugins.frozen import FrozenActivation, FrozenWeight
 
@@ -114,6 +114,48 @@ class Sequence(nn.Module):
 
     def forward(self, x):
         return self.b(self.a(x))
+
+
+class Reshaped(nn.Module):
+    """Shapes from the input's, one tensor as two outputs, and a parameter with the name of an output."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = Layer("a", 3, 4), Layer("b", 256, 5, kind="linear", norm=False)
+        self.output0 = nn.Parameter(torch.ones(5))
+
+    def forward(self, x):
+        x = F.adaptive_avg_pool2d(self.a(x), 8)
+        y = self.b(x.view(x.size(0), -1)) * self.output0
+        return y, y
+
+
+class ChannelsLast(nn.Module):
+    """Linear layers on four dimensions, a layer norm, outputs in a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = Layer("a", 3, 6, kind="linear", norm=False)
+        self.b, self.c = Layer("b", 3, 6, kernel=1, norm=False), Layer("c", 6, 4, kind="linear", norm=False)
+
+    def forward(self, x):
+        x = self.a(x.permute(0, 2, 3, 1)) + self.b(x).permute(0, 2, 3, 1)
+        return {"out": self.c(F.layer_norm(F.gelu(x), (6,)))}
+
+
+class Branches(nn.Module):
+    """One quantizer on two tensors, upsampling, concatenation, slices."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.act = Layer("a", 3, 4), FrozenActivation(activation_grid(4), "act")
+
+    def forward(self, x):
+        x = F.interpolate(self.a(x), scale_factor=2)
+        return F.hardswish(torch.cat([self.act(x), self.act(x * 2)], 1))[:, ::2].flatten(1)
+
+
+ODD = [Reshaped, ChannelsLast, Branches]
 
 
 def written(path):

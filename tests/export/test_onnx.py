@@ -93,6 +93,17 @@ def test_shared_weights(tmp_path):
     assert [w.name for w in verdict.weights] == ["shared", "shared#2", "again", "again#2", "again#3"]
 
 
+@pytest.mark.parametrize("kind", cases.ODD)
+@pytest.mark.parametrize("dynamic_batch", [True, False])
+def test_odd_models(kind, dynamic_batch, tmp_path):
+    path, model = tmp_path / "m.onnx", build(kind)
+    onnx.export(model, path, torch.randn(2, 3, 8, 8), dynamic_batch=dynamic_batch)
+    verdict = onnx.verify(model, path, torch.randn(4, 3, 8, 8))
+    assert verdict.ok, verdict.detail
+    names = ["output0", "output1"] if kind is cases.Reshaped else ["output"]
+    assert [o.name.partition("_")[0] for o in verdict.outputs] == names and all(o.elements for o in verdict.outputs)
+
+
 def test_sequences(tmp_path):
     cases.exact(onnx, build(cases.Sequence), tmp_path / "m.onnx", torch.randn(2, 5, 6))
 

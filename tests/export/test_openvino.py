@@ -1,5 +1,6 @@
 """OpenVINO export: sizes, kernels, numbers, error paths."""
 
+import copy
 import json
 import os
 import sys
@@ -23,13 +24,14 @@ from frozen_nets import (
 from torch import nn
 
 from fat_plugins import ExportError, TensorSpec, get_algorithm
-from fat_plugins.forms import UniformGrid
+from fat_plugins.forms import Codebook, SumOfGrids, UniformGrid
 from fat_plugins.frozen import FrozenActivation, FrozenWeight
 
 openvino = pytest.importorskip("openvino")
 
 from fat_plugins.export import _ov  # noqa: E402
-from fat_plugins.export.openvino import export, kernels  # noqa: E402
+from fat_plugins.export.openvino import execute, export, kernels  # noqa: E402
+from fat_plugins.export.verify import verify  # noqa: E402
 
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}
 #: u2 and u3 constants exist in files from 2025.4 on
@@ -330,6 +332,57 @@ def test_several_inputs_and_outputs(tmp_path):
     found = infer(tmp_path / "m.xml", x, y)
     assert torch.allclose(found[0], model(x, y)[0], atol=1e-5)
     assert torch.equal(found[1], x)
+
+
+def binary_bases(axis):
+    """Form of a weight as the sum of two binary grids with scales per channel."""
+
+    def form(weight):
+        scale = weight.detach().abs().movedim(axis, 0).flatten(1).mean(1)
+        return SumOfGrids([Codebook(1, torch.tensor([-1, 1]), s, axis) for s in (scale, scale * 0.37)])
+
+    return form
+
+
+class Sums(nn.Module):
+    """Sums of grids in every kind of layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.full = Layer("full", 3, 8, form=binary_bases(0), activation=activation_grid(8, signed=True))
+        self.depthwise = Layer("depthwise", 8, 8, groups=8, form=self.sign_and_rest)
+        self.up = Layer("up", 8, 8, kind="transposed", stride=2, form=binary_bases(1), bias=True)
+        self.head = Layer("head", 8, 5, kind="linear", form=self.sign_and_rest, norm=False, bias=True, relu=False)
+
+    @staticmethod
+    def sign_and_rest(weight):
+        largest = weight.detach().abs().max().reshape(1)
+        sign = Codebook(2, torch.tensor([-1, 0, 1]), largest * 0.3)
+        return SumOfGrids([sign, UniformGrid(3, True, True, largest * 0.23)])
+
+    def forward(self, x):
+        return self.head(self.up(self.depthwise(self.full(x))).mean((2, 3)))
+
+
+def test_sums_of_grids_are_sums_of_integer_layers(tmp_path):
+    path, model, x = tmp_path / "m.xml", build(Sums), torch.randn(4, 3, 8, 8)
+    with pytest.warns(UserWarning):
+        report = export(model, path, x[:1])
+    layers = {r.name: r for r in report.layers if r.kind == "weight"}
+    assert layers["full"].storage == "u1+u1" and layers["full"].bytes == 2 * 8 * 3 * 9 / 8
+    assert all("a sum of 2 grids" in r.note for r in layers.values())
+    assert {k.name: k.speed for k in kernels(path)} == {f"{name}|{i}": "int8" for name in layers for i in (0, 1)}
+    assert "BatchNormInference" not in operations(path)
+    verdict = verify(model, path, x)
+    assert verdict.ok and [w.name for w in verdict.weights] == list(layers)
+    (found,) = execute(path, [x.numpy()])
+    assert torch.allclose(torch.from_numpy(found), model(x), atol=1e-4)
+    flipped = copy.deepcopy(model)
+    flipped.up.quantize_weight.codes[0, 0, 0, 0] ^= 2  # the second basis of one weight
+    verdict = verify(flipped, path, x)
+    assert verdict.first_difference == "up" and [w.differences for w in verdict.weights] == [0, 0, 1, 0]
+    with pytest.raises(ExportError, match="refuses the inputs"):
+        execute(path, [x.numpy()[:, :2]])
 
 
 def test_fixed_batch(tmp_path):

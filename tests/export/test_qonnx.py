@@ -216,6 +216,17 @@ def test_shared_weights_have_one_reader_each(tmp_path):
     assert Counter(n.op_type for n in proto.graph.node)["Conv"] == 5
 
 
+@pytest.mark.parametrize("kind", cases.ODD)
+@pytest.mark.parametrize("dynamic_batch", [True, False])
+def test_odd_models(kind, dynamic_batch, tmp_path):
+    path, model = tmp_path / "m.onnx", build(kind)
+    qonnx.export(model, path, torch.randn(2, 3, 8, 8), dynamic_batch=dynamic_batch)
+    verdict = qonnx.verify(model, path, torch.randn(4, 3, 8, 8))
+    assert verdict.ok, verdict.detail
+    names = ["output0", "output1"] if kind is cases.Reshaped else ["output"]
+    assert [o.name.partition("_")[0] for o in verdict.outputs] == names and all(o.elements for o in verdict.outputs)
+
+
 def test_sequences(tmp_path):
     cases.exact(qonnx, build(cases.Sequence), tmp_path / "m.onnx", torch.randn(2, 5, 6))
     assert "Gemm" not in cases.operations(tmp_path / "m.onnx")
