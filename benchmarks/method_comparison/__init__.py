@@ -1,0 +1,1 @@
+"""Comparison of all algorithms; see ``__main__``."""
