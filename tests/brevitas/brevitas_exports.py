@@ -12,21 +12,51 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fat_plugins import algorithms, registry
-from fat_plugins.forms import Codebook, SumOfGrids, UniformGrid
+from fat_plugins import ConfigError, TensorSpec, algorithms, registry
+from fat_plugins.forms import Codebook, Form, SumOfGrids, UniformGrid
 from fat_plugins.functional import per_channel_view, uniform_codes
 from fat_plugins.quantizer import FrozenTensor, WeightQuantizer
 from fat_plugins.registry import Algorithm
 
 VERSION = fat_brevitas.BREVITAS_VERSION
-#: bits and granularity of every registered algorithm
+#: options under which activations of about 1 do not all become zero
+OPTIONS = {"pact": {"alpha": None}, "squantizer": {"alpha": None}}
+
+
+def forms(name: str, bits: int) -> list[Form]:
+    """Deployed forms of an algorithm with its defaults: weights, activations with and without negative values.
+
+    :return: nothing when the algorithm does not have that width for both.
+    """
+    algorithm, x = algorithms()[name], torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    if algorithm.weight_quantizer is None or algorithm.activation_quantizer is None:
+        return []
+    try:
+        weight = algorithm.make_weight(TensorSpec("weight", bits, shape=(6, 9)))
+        activations = [algorithm.make_activation(TensorSpec("activation", bits, signed=s)) for s in (False, True)]
+    except ConfigError:
+        return []
+    for quantizer, values in zip((weight, *activations), (x, x.relu(), x), strict=True):
+        quantizer.calibrate(values)
+    return [weight.freeze(x).form, *(a.form() for a in activations)]
+
+
+def plain(name: str, bits: int) -> bool:
+    """Whether these are uniform grids of that very width, which every format holds."""
+    found = forms(name, bits)
+    return bool(found) and all(isinstance(f, UniformGrid) and f.bits == bits for f in found)
+
+
+#: bits and granularity of every registered algorithm with plain grids
 CASES = [
     (name, bits, per_channel)
     for name, algorithm in algorithms().items()
-    if algorithm.weight_quantizer is not None and algorithm.activation_quantizer is not None
     for bits in (2, 3, 4, 8)
+    if plain(name, bits)
     for per_channel in ([False, True] if algorithm.per_channel_weights else [False])
 ]
+#: algorithms and bits with other grids; not every format holds them
+OTHER = [(name, bits) for name in algorithms() for bits in (1, 2, 4) if forms(name, bits) and not plain(name, bits)]
 each_case = pytest.mark.parametrize(("algorithm", "bits", "per_channel"), CASES)
 #: one width and granularity per algorithm, where a test is about something else
 FEW = [(name, 3, per) for name, bits, per in CASES if bits == 3]
