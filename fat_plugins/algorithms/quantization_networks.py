@@ -12,6 +12,7 @@ positive.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -35,6 +36,8 @@ _MIDDLE = 0.05
 _FLOOR = 1e-37
 #: largest magnitudes outside of these would take alpha or beta out of float32
 _LEAST, _MOST = 1e-30, 1e36
+#: more sigmoids than this are not worth the compiler's time (it unrolls the loop)
+_UNROLLED = 63
 #: values that k-means looks at, and activations that are kept of one calibration batch
 _SAMPLES, _BATCH = 2**17, 2**13
 
@@ -213,6 +216,10 @@ def _soft_backward(
     return (slope * (alpha * beta)).to(x.dtype), total.mul_(g), r.mul_(slope)
 
 
+def _run(fn: Callable, x: Tensor, steps: tuple[int, ...]) -> Callable:
+    return fused(fn, x) if len(steps) <= _UNROLLED else fn
+
+
 class _SoftStaircase(torch.autograd.Function):
     """One node that keeps x and recomputes one sigmoid after the other in the backward.
 
@@ -228,7 +235,7 @@ class _SoftStaircase(torch.autograd.Function):
         ctx.tied, ctx.still = tied, still
         if hard is not None:
             return hard.view_as(hard)
-        return fused(_soft, x)(x, alpha, beta, b, temperature, steps, low)
+        return _run(_soft, x, steps)(x, alpha, beta, b, temperature, steps, low)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -237,7 +244,9 @@ class _SoftStaircase(torch.autograd.Function):
         rest = (None,) * 8
         if ctx.still:
             return torch.zeros_like(grad), torch.zeros_like(alpha), torch.zeros_like(beta), *rest
-        grad_x, by_alpha, by_beta = fused(_soft_backward, x)(grad, x, alpha, beta, b, temperature, *ctx.args)
+        grad_x, by_alpha, by_beta = _run(_soft_backward, x, ctx.args[0])(
+            grad, x, alpha, beta, b, temperature, *ctx.args
+        )
         grad_alpha, relative = by_alpha.sum(), by_beta.sum()
         if ctx.tied:
             return grad_x, grad_alpha - relative, None, *rest
