@@ -30,9 +30,11 @@ CASES = [
     for per_channel in ([False, True] if algorithm.per_channel_weights else [False])
 ]
 each_case = pytest.mark.parametrize(("algorithm", "bits", "per_channel"), CASES)
-#: one width and granularity per algorithm, where a test is about something else
-FEW = [(name, 3, per) for name, bits, per in CASES if bits == 3]
-each_algorithm = pytest.mark.parametrize(("algorithm", "bits", "per_channel"), FEW)
+#: the finest granularity only, for exports that take long
+FINEST = [c for c in CASES if c[2] or (c[0], c[1], True) not in CASES]
+each_width = pytest.mark.parametrize(("algorithm", "bits", "per_channel"), FINEST)
+#: one width per algorithm, where a test is about something else
+each_algorithm = pytest.mark.parametrize(("algorithm", "bits", "per_channel"), [c for c in FINEST if c[1] == 3])
 
 
 class Chain(nn.Module):
