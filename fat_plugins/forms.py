@@ -137,7 +137,8 @@ class Codebook:
 class Staircase:
     """``value = levels[i] * scale``, ``i`` = how many ``thresholds`` lie strictly below ``x / scale``.
 
-    Thresholds need not be midpoints. ``levels`` are ascending integers, ``thresholds`` ascending floats (one fewer).
+    Thresholds need not be midpoints. ``levels`` are ascending integers, ``thresholds`` ascending floats (one fewer),
+    1-d, or 2-d with one row for each channel along ``channel_axis``.
     """
 
     bits: int
@@ -150,13 +151,19 @@ class Staircase:
         _check_scale(self.scale)
         if self.levels.dtype != torch.int64 or not bool((self.levels.diff() > 0).all()):
             raise ConfigError("a staircase needs ascending int64 levels")
-        if self.thresholds.numel() != self.levels.numel() - 1 or not bool((self.thresholds.diff() > 0).all()):
+        steps = self.thresholds.shape[-1] if self.thresholds.ndim in (1, 2) and self.thresholds.numel() else -1
+        if steps != self.levels.numel() - 1 or not bool((self.thresholds.diff() > 0).all()):
             raise ConfigError("a staircase needs one ascending threshold between each two levels")
+        if self.thresholds.ndim == 2 and self.scale.numel() not in (1, len(self.thresholds)):
+            raise ConfigError(
+                f"a staircase of {len(self.thresholds)} channels cannot have {self.scale.numel()} scales; allowed: 1 "
+                f"or {len(self.thresholds)}"
+            )
 
     def encode(self, x: Tensor) -> Tensor:
         """Indices (int32) of the levels of ``x``, same shape; NaN is refused as in :class:`UniformGrid`."""
         _refuse_nan(x)
-        return level_index(x, _scale_view(self, x.ndim), self.thresholds).to(torch.int32)
+        return level_index(x, _scale_view(self, x.ndim), self.thresholds, self.channel_axis).to(torch.int32)
 
     def integers(self, codes: Tensor) -> Tensor:
         """The integers that the target computes with."""
@@ -168,12 +175,19 @@ class Staircase:
 
     def ties(self, x: Tensor) -> Tensor:
         """Distance of ``x`` to the nearest threshold, in units of the scale."""
-        return _threshold_distance(x, _scale_view(self, x.ndim), self.thresholds)
+        return _threshold_distance(x, _scale_view(self, x.ndim), self.thresholds, self.channel_axis)
+
+    @property
+    def channels(self) -> int:
+        """Channels that scale or thresholds tell apart; 1 for one function of the whole tensor."""
+        return max(self.scale.numel(), len(self.thresholds) if self.thresholds.ndim == 2 else 1)
 
 
-def _threshold_distance(x: Tensor, scale: Tensor, thresholds: Tensor) -> Tensor:
+def _threshold_distance(x: Tensor, scale: Tensor, thresholds: Tensor, axis: int = 1) -> Tensor:
     r = x.double() / scale.double()
     t = thresholds.double().to(r.device)
+    if t.ndim == 2:
+        return torch.stack([(r - per_channel_view(step, r.ndim, axis)).abs() for step in t.unbind(1)]).amin(0)
     above = torch.bucketize(r.contiguous(), t).clamp(max=t.numel() - 1)
     below = (above - 1).clamp(min=0)
     return torch.minimum((r - t[above]).abs(), (r - t[below]).abs())
@@ -321,6 +335,16 @@ def form_on_cpu(form: Form) -> Form:
     if isinstance(form, SumOfGrids):
         fields["parts"] = [form_on_cpu(p) for p in form.parts]
     return replace(form, **fields)
+
+
+def staircase_steps(form: Staircase, ndim: int) -> list[tuple[float | Tensor, int]]:
+    """Thresholds in units of the scale and heights of the steps, for tracers that know plain comparisons only; a
+    threshold per channel comes as a float32 tensor that broadcasts to ``ndim`` dimensions."""
+    heights = form.levels.diff().tolist()
+    if form.thresholds.ndim == 1:
+        return list(zip(form.thresholds.tolist(), heights, strict=True))
+    columns = form.thresholds.detach().float().unbind(1)
+    return [(per_channel_view(t, ndim, form.channel_axis), h) for t, h in zip(columns, heights, strict=True)]
 
 
 def form_kind(form: Form) -> str:

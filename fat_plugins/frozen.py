@@ -77,13 +77,14 @@ def quantize_activation(
     """The deployed function of one activation quantizer, same shape and dtype as ``x``.
 
     :param scale: 1-d, one element or one per channel along ``axis``.
-    :param levels, thresholds: of a staircase (ascending, in units of the scale), or empty for a uniform grid.
+    :param levels, thresholds: of a staircase (ascending, in units of the scale; thresholds of one row per
+        channel along ``axis`` are 2-d), or empty for a uniform grid.
     :param low, high: bounds of the codes of a uniform grid.
     :param name: name of the quantizer.
     """
     view = per_channel_view(scale, x.ndim, axis)
     if levels.numel() > _NONE:
-        codes = level_index(x, view, thresholds)
+        codes = level_index(x, view, thresholds, axis)
     else:
         codes = uniform_codes(x, view, low, high)
     return _decode(codes, scale, levels, axis).to(x.dtype)

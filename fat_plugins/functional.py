@@ -152,15 +152,18 @@ def fake_quantize(
 # --------------------------------------------------------------------------------------------------------------------
 # any set of levels
 # --------------------------------------------------------------------------------------------------------------------
-def level_index(x: Tensor, scale: Tensor, thresholds: Tensor) -> Tensor:
-    """Index of the level of ``x / scale``: the number of ``thresholds`` (ascending, 1-d) strictly below it.
+def level_index(x: Tensor, scale: Tensor, thresholds: Tensor, axis: int = 1) -> Tensor:
+    """Index of the level of ``x / scale``: the number of ``thresholds`` strictly below it. NaN takes the last level.
 
-    NaN takes the last level.
+    :param thresholds: ascending, 1-d; or 2-d with one row for each channel along ``axis``.
     """
-    return _index(wide(x) / scale, thresholds)
+    return _index(wide(x) / scale, thresholds, axis)
 
 
-def _index(r: Tensor, thresholds: Tensor) -> Tensor:
+def _index(r: Tensor, thresholds: Tensor, axis: int = 1) -> Tensor:
+    if thresholds.ndim == 2:
+        steps = thresholds.to(r.dtype).unbind(1)
+        return torch.stack([~(r <= per_channel_view(t, r.ndim, axis)) for t in steps]).sum(0)
     # torch warns about other layouts, and copies them anyway
     return torch.bucketize(r.contiguous(), thresholds.to(r.dtype))
 

@@ -6,7 +6,7 @@ which framework placed it, nor which target will run its codes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -34,6 +34,8 @@ class TensorSpec:
     :param signed: activations only; ``None`` means that calibration decides.
     :param followed_by_norm: a batch norm reads the output of the weight's layer (and absorbs its scale).
     :param keep_zeros: exact zeros of the weight stay zero (a sparsity algorithm put them there).
+    :param groups, stride, dilation, padding: of the weight's convolution, for algorithms that look at the inputs of
+        single outputs; per spatial axis, the padding before and after each (top, bottom, left, right). Empty: 1, 1, 0.
     """
 
     role: Role
@@ -45,15 +47,51 @@ class TensorSpec:
     signed: bool | None = None
     followed_by_norm: bool = False
     keep_zeros: bool = False
+    groups: int = 1
+    stride: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dictionary."""
-        return {**vars(self), "shape": list(self.shape)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TensorSpec:
         """Inverse of :meth:`to_dict`."""
-        return cls(**{**data, "shape": tuple(data.get("shape", ()))})
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+
+
+def conv_geometry(
+    kernel: Sequence[int], stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> dict[str, Any]:
+    """The fields of :class:`TensorSpec` for a convolution, from its arguments in torch's spelling.
+
+    :param kernel: spatial extent of the weight; empty for linear layers, which have no such fields.
+    :param padding: a number, one per axis, ``"same"`` or ``"valid"``.
+    """
+    if not kernel:
+        return {}
+
+    def each(value: Any) -> tuple[int, ...]:
+        values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        return tuple(int(v) for v in (values * len(kernel) if len(values) == 1 else values))
+
+    if padding == "same":
+        total = [d * (k - 1) for k, d in zip(kernel, each(dilation), strict=True)]
+        pairs = [(t // 2, t - t // 2) for t in total]
+    else:
+        pairs = [(p, p) for p in each(0 if padding == "valid" else padding)]
+    around = tuple(n for pair in pairs for n in pair)
+    return {"groups": int(groups), "stride": each(stride), "dilation": each(dilation), "padding": around}
+
+
+def module_geometry(layer: nn.Module) -> dict[str, Any]:
+    """The same of a layer in torch's classes or a subclass of them; nothing for layers that are no convolution."""
+    if not hasattr(layer, "stride") or not hasattr(layer, "weight"):
+        return {}
+    kernel = tuple(layer.weight.shape[2:])
+    return conv_geometry(kernel, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
 @dataclass
@@ -221,6 +259,8 @@ class WeightQuantizer(Quantizer):
     accepts_slices: ClassVar[bool] = False
     #: it sets weights to zero by a rule of its own (unless ``spec.keep_zeros``), and hosts report how many
     prunes: ClassVar[bool] = False
+    #: whether 0 is a level; without it the zeros of a sparsity algorithm are refused
+    has_zero: ClassVar[bool] = True
 
     def __init__(self, spec: TensorSpec, params: Params) -> None:
         where = spec.name or "weight"
@@ -230,6 +270,8 @@ class WeightQuantizer(Quantizer):
             raise QuantizationError(
                 f"{where}: channel axis {spec.channel_axis} is outside a weight of shape {list(spec.shape)}"
             )
+        if spec.keep_zeros and not self.has_zero:
+            raise QuantizationError(f"{where}: the grid has no zero, so sparsity cannot be kept")
         super().__init__(spec, params)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -257,8 +299,13 @@ class WeightQuantizer(Quantizer):
     def init_from_weight(self, weight: Tensor) -> None:
         """Algorithm's own initialisation; default: nothing depends on the weight."""
 
+    @property
+    def wants_input(self) -> bool:
+        """Whether :meth:`observe_input` is to be called now; default: always, when :attr:`needs_input`."""
+        return self.needs_input
+
     def observe_input(self, x: Tensor) -> None:
-        """Receives the input of the weight's layer, when :attr:`needs_input`."""
+        """Receives the input of the weight's layer, behind its activation quantizer, when :attr:`wants_input`."""
 
     def freeze_codes(self, weight: Tensor) -> FrozenTensor:
         """Codes and form of the evaluation forward of ``weight`` (without the zeros rule)."""
@@ -363,12 +410,26 @@ class ActivationQuantizer(Quantizer):
 class Coordinator(nn.Module):
     """For methods that act on the whole network (stages, coupled losses, one bit budget). Host-agnostic.
 
-    An adapter builds it with the quantizers in execution order and drives it like a quantizer.
+    An adapter builds it with the quantizers in execution order and drives it like a quantizer, from the first step or
+    epoch on: by then a checkpoint is loaded.
     """
 
     def __init__(self, layers: list[LayerQuantizers]) -> None:
         super().__init__()
         self.layers = layers
+        self._calibration: Callable[[int], None] | None = None
+
+    def set_calibration(self, run: Callable[[int], None] | None) -> None:
+        """Give the coordinator the host's data.
+
+        :param run: ``run(samples)`` passes about that many samples of the calibration data through the model as it
+            stands, in evaluation mode and without gradient, shows their inputs to weight quantizers that want them, and
+            restores the modes.
+        """
+        self._calibration = run
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_calibration": None}  # it belongs to the model that was copied
 
     def on_progress(self, progress: Progress) -> None:
         """Follow the schedule of the whole network; may freeze and thaw parameters."""
@@ -377,10 +438,17 @@ class Coordinator(nn.Module):
         """A scalar loss term over several layers, or ``None``."""
         return None
 
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Optimizer groups for the coordinator's own parameters, as :meth:`Quantizer.param_groups`."""
+        return []
+
 
 @dataclass
 class LayerQuantizers:
-    """One layer as a coordinator sees it."""
+    """One layer as a coordinator sees it.
+
+    :param parameters: the host's parameters of the layer, weight and bias, under names that end in their own.
+    """
 
     name: str
     weight: WeightQuantizer | None = None
@@ -395,16 +463,28 @@ def named_quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
             yield name, module
 
 
+def coordinators(model: nn.Module) -> Iterator[Coordinator]:
+    """Every coordinator inside ``model``, whatever host put it there."""
+    return (m for m in model.modules() if isinstance(m, Coordinator))
+
+
 def regularization(model: nn.Module) -> Tensor | None:
-    """Sum of the regularisation terms of all quantizers, or ``None`` when there is none."""
-    terms = [t for _, q in named_quantizers(model) if q.enabled and (t := q.regularization()) is not None]
+    """Sum of the loss terms of all quantizers and coordinators, or ``None`` when there is none."""
+    parts = [q for _, q in named_quantizers(model) if q.enabled]
+    terms = [t for part in (*parts, *coordinators(model)) if (t := part.regularization()) is not None]
     return torch.stack([t.reshape(()) for t in terms]).sum() if terms else None
 
 
-def set_progress(model: nn.Module, progress: Progress) -> None:
-    """Tell every quantizer where training stands."""
+def set_progress(model: nn.Module, progress: Progress, *, begun: bool = True) -> None:
+    """Tell every quantizer, then every coordinator, where training stands.
+
+    :param begun: ``False`` as long as a checkpoint may still be loaded: a coordinator, which may begin its work at
+        once, is not told then.
+    """
     for _, quantizer in named_quantizers(model):
         quantizer.on_progress(progress)
+    for coordinator in coordinators(model) if begun else ():
+        coordinator.on_progress(progress)
 
 
 def param_groups(
@@ -419,8 +499,8 @@ def param_groups(
     keep = keep or (lambda p: p.requires_grad)
     taken: set[int] = set()
     merged: dict[tuple, dict[str, Any]] = {}
-    for _, quantizer in named_quantizers(model):
-        for group in quantizer.param_groups(lr, weight_decay):
+    for part in (*(q for _, q in named_quantizers(model)), *coordinators(model)):
+        for group in part.param_groups(lr, weight_decay):
             options = {k: v for k, v in group.items() if k != "params"}
             params = [p for p in group["params"] if keep(p) and id(p) not in taken]
             taken.update(id(p) for p in params)

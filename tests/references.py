@@ -1,5 +1,6 @@
 """Float64 references in numpy, written from the specifications (fat.md sections 3 to 5, baselines.md sections 3 to 6,
 quantization_networks.md and squantizer.md sections 3 and 4).
+bitat.md sections 3 to 5).
 
 They share no code with the package: full complex DFTs, explicit level searches, hand-derived gradients.
 """
@@ -127,6 +128,42 @@ def minmax_weight(w, bits, axis=0, per_channel=True):
     over = tuple(i for i in range(w.ndim) if i != axis) if per_channel else None
     s = np.maximum(np.abs(w).max(axis=over, keepdims=True) / n, 1e-12)
     return np.clip(np.round(w / s), -n, n) * s
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# BiTAT
+# --------------------------------------------------------------------------------------------------------------------
+def bitat_weight(w, alpha, grad=None):
+    """bitat.md section 4.1 for filters along the first axis: ``alpha`` has one number per filter, or one."""
+    signs = np.where(w >= 0, 1.0, -1.0)
+    a = np.broadcast_to(np.reshape(alpha, [-1] + [1] * (w.ndim - 1)), w.shape)
+    out = dict(what=a * signs)
+    if grad is not None:
+        out["dtheta"] = np.where(np.abs(w) <= 1, grad, 0.0)
+        per_filter = (grad * signs).reshape(len(w), -1).sum(1)
+        out["dalpha"] = per_filter if np.size(alpha) > 1 else per_filter.sum(keepdims=True)
+    return out
+
+
+def bitat_activation(x, beta, grad=None):
+    """bitat.md section 5; ``beta`` has one number per channel (axis 1), or one."""
+    view = np.reshape(beta, [1, -1] + [1] * (x.ndim - 2)) if np.size(beta) > 1 else float(np.ravel(beta)[0])
+    u = x + view
+    out = dict(xhat=np.where(u >= 0, 1.0, -1.0))
+    if grad is not None:
+        out["dx"] = grad * np.where(np.abs(u) < 1, 2 - 2 * np.abs(u), 0.0)
+        over = tuple(i for i in range(x.ndim) if i != 1) if np.size(beta) > 1 else None
+        out["dbeta"] = np.reshape(out["dx"].sum(axis=over), -1)
+    return out
+
+
+def bitat_metric(x, eps=1e-4):
+    """``M``, lambda_bar and mu of bitat.md sections 3.1 to 3.3 for rows ``x`` (N x d), without eigenvectors' signs."""
+    mu = x.mean(0)
+    sigma = (x - mu).T @ (x - mu) / len(x)
+    values, vectors = np.linalg.eigh(sigma)
+    level = np.trace(sigma) / len(sigma)
+    return vectors @ np.diag(np.maximum(values / level, eps)) @ vectors.T, level, mu
 
 
 def dorefa_weight(w, bits, restore=False, grad=None):

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from references import (
+    bitat_activation,
+    bitat_weight,
     dorefa_weight,
     fat_activation,
     fat_weight,
@@ -46,6 +48,7 @@ CONV = LAYERS[0]
 
 #: parameter sets to exercise, beside the defaults
 OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "bitat": [{}, {"alpha": "mean_abs"}],
     "fat": [
         {},
         {"levels": "power_of_two"},
@@ -75,6 +78,8 @@ FREE_THRESHOLDS = {"quantization_networks"}
 ZERO_ON_TOP = {"squantizer"}
 #: these have a gradient of zero for the weights that they prune themselves
 OWN_MASK = {"squantizer"}
+#: activations have values of their own, whatever the range of the input
+FIXED_VALUES = {"bitat", "dorefa"}
 BITS = (2, 3, 4, 8)
 
 
@@ -93,7 +98,7 @@ class Case:
         return OPTIONS.get(self.algorithm, [{}])[self.options]
 
     def spec(self, layer: Layer = CONV, **changes) -> TensorSpec:
-        values = dict(role=self.role, bits=self.bits, name="layer", per_channel=self.per_channel)
+        values = dict(role=self.role, bits=self.bits, name="layer", per_channel=self.per_channel, channel_axis=1)
         if self.role == "weight":
             values.update(shape=layer.shape, channel_axis=layer.axis, followed_by_norm=True)
         return TensorSpec(**{**values, **changes})
@@ -124,14 +129,19 @@ def sample(shape, role: str = "weight", signed: bool = True, seed: int = 0) -> t
 
 
 def cases(role: str | None = None, bits=BITS) -> list[Case]:
-    """Every algorithm x options x bits x granularity that the algorithm itself allows."""
+    """Every algorithm x options x bits x granularity that the algorithm itself allows.
+
+    An algorithm that knows none of ``bits`` comes with its own width that is nearest to the first.
+    """
     found = []
     for name, algorithm in algorithms().items():
         for option in range(len(OPTIONS.get(name, [{}]))):
             for r in ("weight", "activation"):
                 if role not in (None, r):
                     continue
-                for b in bits:
+                low, high = getattr(algorithm, f"{r}_bits")
+                own = [b for b in bits if low <= b <= high] or [min(max(bits[0], low), high)]
+                for b in own:
                     for per_channel in (None, True) if r == "weight" else (None,):
                         case = Case(name, option, b, r, per_channel)
                         try:
@@ -207,6 +217,20 @@ def _minmax_activation(quantizer, x, grad):
     return r["vq"], grad * inside, {}
 
 
+def _bitat_weight(quantizer, x, grad):
+    axis, learned = quantizer.spec.channel_axis, quantizer.params.alpha == "learned"
+    rows = np.moveaxis(x, axis, 0)
+    mean = np.abs(rows).reshape(len(rows), -1).mean(1)
+    r = bitat_weight(rows, quantizer.alpha.detach().numpy() if learned else mean, np.moveaxis(grad, axis, 0))
+    gradients = {"alpha": r["dalpha"]} if learned else {}
+    return np.moveaxis(r["what"], 0, axis), np.moveaxis(r["dtheta"], 0, axis), gradients
+
+
+def _bitat_activation(quantizer, x, grad):
+    r = bitat_activation(x, quantizer.beta.detach().numpy(), grad)
+    return r["xhat"], r["dx"], {"beta": r["dbeta"]}
+
+
 def _dorefa_weight(quantizer, x, grad):
     r = dorefa_weight(x, quantizer.spec.bits, quantizer.restore, grad)
     return r["wq"], r["dw"], {}
@@ -262,6 +286,8 @@ REFERENCES = {
     ),
     ("squantizer", "weight"): _squantizer_weight,
     ("squantizer", "activation"): _pact_activation,
+    ("bitat", "weight"): _bitat_weight,
+    ("bitat", "activation"): _bitat_activation,
     ("dorefa", "weight"): _dorefa_weight,
     ("dorefa", "activation"): _dorefa_activation,
     ("pact", "weight"): _dorefa_weight,
@@ -281,7 +307,7 @@ def clip_is_given(case: Case) -> bool:
     """Whether the range of an activation does not come from calibration."""
     if case.algorithm in ("pact", "squantizer"):
         return case.params.get("alpha", 10.0) is not None
-    return case.algorithm == "dorefa" or "activation_alpha" in case.params
+    return case.algorithm in FIXED_VALUES or "activation_alpha" in case.params
 
 
 def reaches_the_range(case: Case) -> bool:

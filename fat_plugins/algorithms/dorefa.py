@@ -88,6 +88,11 @@ class DoReFaWeight(WeightQuantizer):
         x, scale = self._normalised(weight)
         return _OddGrid.apply(x, scale, self.n).to(weight.dtype)
 
+    def grid_scale(self, weight: Tensor) -> Tensor:
+        w = wide(weight.detach())
+        scale = w.abs().mean() if self.spec.bits == 1 else self._normalised(w)[1]
+        return scale.reshape(1)
+
     def freeze_codes(self, weight: Tensor) -> FrozenTensor:
         axis = self.spec.channel_axis
         levels = torch.arange(-self.n, self.n + 1, 2, device=weight.device)

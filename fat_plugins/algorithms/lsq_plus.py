@@ -131,6 +131,9 @@ class LSQPlusActivation(ActivationQuantizer):
         rounded = not (self.training and self.params.train_float_offset)
         return _Affine.apply(x, step, grad_scale(wide(self.beta), g), self.high, rounded)
 
+    def grid_scale(self) -> Tensor:
+        return positive(wide(self.step), _FLOOR).detach().reshape(1)
+
     def form(self) -> Form:
         """A uniform grid when the offset is zero, else a staircase whose integers start at the offset."""
         step = positive(wide(self.step), _FLOOR).detach()

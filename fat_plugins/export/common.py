@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fat_plugins.errors import ExportError
+from fat_plugins.forms import Staircase
 from fat_plugins.frozen import frozen_modules
 from fat_plugins.quantizer import named_quantizers
 
@@ -163,10 +164,18 @@ def first_line(error: Exception) -> str:
     return next((line for line in lines if not line.startswith(noise)), type(error).__name__)
 
 
-def largest_below(threshold: float, scale: np.ndarray) -> np.ndarray:
+def threshold_table(form: Staircase) -> np.ndarray:
+    """For every channel (one row for all where they agree) and step the largest float32 input below the step:
+    ``x > it`` in float32 is the very comparison that torch makes after dividing by the scale."""
+    scale = form.scale.detach().cpu().float().numpy().reshape(-1)
+    steps = form.thresholds.detach().cpu().double()
+    return np.stack([largest_below(t, scale) for t in steps.reshape(-1, steps.shape[-1]).T], axis=1)
+
+
+def largest_below(threshold: float | Tensor, scale: np.ndarray) -> np.ndarray:
     """The largest float32 ``x`` with ``x / scale <= threshold`` in torch's float32 arithmetic, so that ``x > it`` is
     the very comparison that torch makes after the division."""
-    t = torch.tensor(threshold, dtype=torch.float64).float().numpy()
+    t = torch.as_tensor(threshold, dtype=torch.float64).float().numpy()
     x = (t * scale).astype(np.float32)
     for _ in range(8):
         x = np.where(x / scale > t, np.nextafter(x, np.float32(-np.inf)), x)

@@ -18,7 +18,7 @@ from torch import nn
 
 from fat_plugins.errors import ExportError
 from fat_plugins.export import _ov
-from fat_plugins.export.common import largest_below, unique
+from fat_plugins.export.common import threshold_table, unique
 from fat_plugins.export.fold import constant_of, fold_affine, plain_max_pools, static_shape
 from fat_plugins.export.packing import Storage, choose_storage, collapse
 from fat_plugins.forms import Codebook, Form, UniformGrid, grids
@@ -275,12 +275,16 @@ def _rewrite_activation(placeholder: Any, entry: Entry) -> None:
 
 def _scale(source: Any, form: Form) -> np.ndarray:
     """Scale as float64: a scalar, or a vector in a shape that broadcasts along the channel axis."""
-    scale = form.scale.detach().cpu().double().numpy()
-    if scale.size == 1:
-        return scale.reshape(())
+    return _view(source, form, form.scale.detach().cpu().double().numpy())
+
+
+def _view(source: Any, form: Form, values: np.ndarray) -> np.ndarray:
+    """One value as a scalar, several in a shape that broadcasts along the channel axis."""
+    if values.size == 1:
+        return values.reshape(())
     view = [1] * source.get_partial_shape().rank.get_length()
-    view[form.channel_axis] = scale.size
-    return scale.reshape(view)
+    view[form.channel_axis] = values.size
+    return values.reshape(view)
 
 
 def _carrier(low: int, high: int) -> tuple[int, int]:
@@ -320,8 +324,8 @@ def _staircase(source: Any, form: Any, entry: Entry) -> Any:
     """A sum of comparisons, exact, then the 8-bit grid as a carrier that changes nothing."""
     op, scale = _ov.opset(), _scale(source, form)
     levels, prefix = form.levels.detach().cpu().numpy(), f"{QUANTIZE}{entry.name}"
-    thresholds = [largest_below(t, scale.astype(np.float32)) for t in form.thresholds.detach().cpu().double().numpy()]
-    if len(thresholds) > 8 and _ov.version() < (2025, 1) and not scale.ndim:
+    thresholds = [_view(source, form, t) for t in threshold_table(form).T]
+    if len(thresholds) > 8 and _ov.version() < (2025, 1) and form.channels == 1:
         total = _looked_up(source, thresholds, levels, prefix)
     else:
         total = _compared(source, thresholds, levels, prefix)

@@ -17,7 +17,7 @@ from fat_plugins.export._onnx import Entry, Grid, channel_view
 from fat_plugins.export._onnx_file import ModelFile, Runner, load
 from fat_plugins.export._onnx_file import execute as _execute
 from fat_plugins.export._onnx_graph import Graph, need
-from fat_plugins.export.common import ExportReport, first_line, largest_below
+from fat_plugins.export.common import ExportReport, first_line, threshold_table
 from fat_plugins.export.verify import VerifyReport, compare
 from fat_plugins.forms import Codebook, Form, UniformGrid
 
@@ -160,8 +160,8 @@ def _steps(
 ) -> Any:
     """Compare with every threshold at once, along a new last axis, and add up the gaps between the levels."""
     levels = form.levels.detach().cpu().numpy()
-    below = np.stack([largest_below(t, scale) for t in form.thresholds.cpu().double().tolist()], axis=-1)
-    table = below.reshape(-1) if scale.size == 1 else below.reshape(*channel_view(scale, rank, axis).shape, -1)
+    below = threshold_table(form)
+    table = below.reshape(-1) if len(below) == 1 else below.reshape(*channel_view(below[:, 0], rank, axis).shape, -1)
     last = graph.constant(f"{name}.axis", [-1], np.int64)
     column, above, ones, count = (graph.fresh(f"{name}.{part}") for part in ("column", "above", "ones", "count"))
     first = graph.add("Unsqueeze", [source, last], column, column)

@@ -20,7 +20,7 @@ from fat_plugins.export._onnx import Entry, Grid, channel_view
 from fat_plugins.export._onnx_file import ModelFile, Runner, load
 from fat_plugins.export._onnx_file import execute as _execute
 from fat_plugins.export._onnx_graph import Graph, need, onnx
-from fat_plugins.export.common import ExportReport, first_line, largest_below
+from fat_plugins.export.common import ExportReport, first_line, threshold_table
 from fat_plugins.export.verify import VerifyReport, compare
 from fat_plugins.forms import Codebook, Form, Staircase, UniformGrid
 
@@ -125,8 +125,8 @@ class _QONNX:
             form = _two_codes(form)
         if form.scale.numel() > 1:
             entry.notes.append("one scale per channel, which FINN does not take behind an activation")
-            if rank is None or (rank not in (2, 4) and not isinstance(form, UniformGrid)):
-                raise ExportError(f"{entry.name}: thresholds per channel of a tensor of rank {rank}; allowed: 2, 4")
+        if not isinstance(form, UniformGrid) and form.channels > 1 and rank not in (2, 4):
+            raise ExportError(f"{entry.name}: thresholds per channel of a tensor of rank {rank}; allowed: 2, 4")
         view = channel_view(form.scale.detach().cpu().float().numpy(), rank or 1, form.channel_axis)
         if not isinstance(form, UniformGrid):
             return _steps(graph, form, view, source, out, entry)
@@ -169,13 +169,23 @@ def _quant(graph: Graph, source: str, scale: str, out: str, name: str, container
     return graph.add("Quant", inputs, out, graph.fresh(f"{name}.quant"), domain=_DOMAIN, **how)
 
 
+def _signs(graph: Graph, form: Any, reached: np.ndarray, source: str, out: str, name: str) -> Any:
+    """``BipolarQuant`` (x >= 0 gives +1) behind a shift, which FINN folds into its thresholds."""
+    shift = graph.constant(f"{name}.shift", channel_view(-reached, graph.rank(out) or 1, form.channel_axis))
+    shifted = graph.fresh(f"{name}.shifted")
+    first = graph.add("Add", [source, shift], shifted, shifted, like=out)
+    one = graph.constant(f"{name}.scale", 1.0)
+    graph.add("BipolarQuant", [shifted, one], out, graph.fresh(f"{name}.sign"), domain=_DOMAIN)
+    return first
+
+
 def _steps(graph: Graph, form: Any, view: np.ndarray, source: str, out: str, entry: Entry) -> list[Any]:
     """Count thresholds, add the lowest level, multiply by the scale. A step of several levels repeats its threshold."""
     name, levels = entry.name, form.levels.detach().cpu().numpy()
-    scale = form.scale.detach().cpu().float().numpy().reshape(-1)
     # the smallest number above the threshold, since MultiThreshold counts those that are equal as well
-    above = [np.nextafter(largest_below(t, scale), np.float32(np.inf)) for t in form.thresholds.cpu().double().tolist()]
-    table, gaps = np.stack(above, axis=1), np.diff(levels)
+    table, gaps = np.nextafter(threshold_table(form), np.float32(np.inf)), np.diff(levels)
+    if levels.tolist() == [-1, 1] and form.scale.tolist() == [1]:
+        return [_signs(graph, form, table[:, 0], source, out, name)]
     if gaps.sum() <= _MOST_THRESHOLDS:
         counted, first = _count(graph, np.repeat(table, gaps, axis=1), source, out, name)
         nodes = [first]

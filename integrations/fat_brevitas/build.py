@@ -9,7 +9,7 @@ from torch import nn
 from fat_brevitas.compat import QuantType
 from fat_brevitas.modules import ActTensorQuant, WeightTensorQuant
 from fat_plugins.errors import ConfigError, nearest
-from fat_plugins.quantizer import Params, TensorSpec
+from fat_plugins.quantizer import Params, TensorSpec, module_geometry
 from fat_plugins.registry import Algorithm, get_algorithm
 
 #: attributes of our quantizers beside the algorithm's options, with their defaults
@@ -118,6 +118,7 @@ def weight_spec(proxy: Any, injector: Any) -> TensorSpec | None:
         signed=None,
         followed_by_norm=bool(values["followed_by_norm"]),
         keep_zeros=bool(values["keep_zeros"]),
+        **(module_geometry(modules[0]) if len(modules) == 1 else {}),
     )
 
 

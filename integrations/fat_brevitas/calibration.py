@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -96,11 +96,7 @@ def calibrate(model: nn.Module, batches: Batches, plan: Plan) -> None:
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs, q=wrapper.quantizer: q.observe_input(_plain(inputs[0])))
-        for _, layer, wrapper in weight_wrappers(model)
-        if wrapper.quantizer.needs_input
-    ]
+    hooks = _show_inputs(model)
     try:
         with calibration_mode(model):
             for i, inputs in enumerate(batches.take(plan.range_batches(batches.size))):
@@ -114,6 +110,43 @@ def calibrate(model: nn.Module, batches: Batches, plan: Plan) -> None:
         _remove(hooks)
         for module, training in modes.items():
             module.training = training
+
+
+def _showing(observe: Callable[[torch.Tensor], None]) -> Callable[..., None]:
+    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:  # what a hook returns would replace the input
+        observe(_plain(inputs[0]))
+
+    return hook
+
+
+def _show_inputs(model: nn.Module) -> list[Any]:
+    """Layers whose weight quantizer wants its input show it; the hooks that do that."""
+    return [
+        layer.register_forward_pre_hook(_showing(wrapper.quantizer.observe_input))
+        for _, layer, wrapper in weight_wrappers(model)
+        if wrapper.quantizer.wants_input
+    ]
+
+
+class Pass:
+    """Passes calibration data through the quantized model as it stands, in evaluation mode."""
+
+    def __init__(self, model: nn.Module, batches: Batches) -> None:
+        self._model, self._batches = model, batches
+
+    @torch.no_grad()
+    def __call__(self, samples: int) -> None:
+        """About ``samples`` samples."""
+        modes = {module: module.training for module in self._model.modules()}
+        self._model.eval()
+        hooks = _show_inputs(self._model)
+        try:
+            for inputs in self._batches.take(-(-samples // max(self._batches.size, 1))):
+                call(self._model, inputs)
+        finally:
+            _remove(hooks)
+            for module, training in modes.items():
+                module.training = training
 
 
 def _remove(hooks: list[Any]) -> None:

@@ -26,7 +26,7 @@ class Scheduler:
         self.current_step = self.current_epoch = -1
         self.total_steps: int | None = None
         self.total_epochs: int | None = None
-        self.announce()
+        self.announce(begun=False)
 
     def step(self, next_step: int | None = None) -> None:
         """Begin the next training step (or the one given)."""
@@ -38,11 +38,14 @@ class Scheduler:
         self.current_epoch = self.current_epoch + 1 if next_epoch is None else int(next_epoch)
         self.announce()
 
-    def announce(self) -> None:
-        """Tell everybody where training stands."""
+    def announce(self, begun: bool = True) -> None:
+        """Tell everybody where training stands.
+
+        :param begun: ``False`` as long as a state dict may still be loaded; coordinators are left out then.
+        """
         set_progress(
             self._model, step=max(self.current_step, 0), epoch=max(self.current_epoch, 0),
-            total_steps=self.total_steps, total_epochs=self.total_epochs,
+            total_steps=self.total_steps, total_epochs=self.total_epochs, begun=begun,
         )  # fmt: skip
 
 

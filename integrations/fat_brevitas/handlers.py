@@ -24,7 +24,7 @@ from fat_brevitas.compat import (
 from fat_brevitas.modules import Container, Quantized, container_of, scale_view
 from fat_brevitas.proxies import PluginActQuantProxy, PluginWeightQuantProxy
 from fat_plugins.errors import ExportError, FatPluginsError
-from fat_plugins.export.common import largest_below
+from fat_plugins.export.common import threshold_table
 from fat_plugins.forms import Codebook, Form, Staircase, UniformGrid, grids
 
 #: targets whose tensors are 8-bit integers at most, with one scale
@@ -97,7 +97,7 @@ def _check_form(layer: str, role: str, form: Form, target: str) -> None:
         return
     kind, container = type(form).__name__, container_of(form)
     if isinstance(form, Staircase):
-        reason = "thresholds of its own have no QuantizeLinear; choose uniform levels"
+        reason = "thresholds of its own have no QuantizeLinear; choose a symmetric uniform grid"
     elif container is None:
         reason = "no single scale times integers holds it; choose an algorithm or mode with one grid"
     elif container.bits == 1:
@@ -290,10 +290,9 @@ class MultiThreshold:
     """
 
     def __init__(self, form: Staircase) -> None:
-        scale = form.scale.detach().float().cpu().numpy()
-        reached = [np.nextafter(largest_below(float(t), scale), np.float32(np.inf)) for t in form.thresholds]
         rises = form.levels.diff().cpu().numpy()
-        self.thresholds = torch.from_numpy(np.repeat(np.stack(reached, axis=1), rises, axis=1))
+        reached = np.nextafter(threshold_table(form), np.float32(np.inf))
+        self.thresholds = torch.from_numpy(np.repeat(reached, rises, axis=1))
         self.dtype = f"UINT{int(rises.sum()).bit_length()}"
         self.lowest = int(form.levels[0])
         self.positive = self.lowest >= 0 and bool((self.thresholds > 0).all())

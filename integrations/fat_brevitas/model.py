@@ -12,12 +12,12 @@ import torch
 from brevitas.fx import GraphModule, Node
 from torch import nn
 
-from fat_brevitas.calibration import Batches, calibrate, calibrate_weights, call, device_of, move
+from fat_brevitas.calibration import Batches, Pass, calibrate, calibrate_weights, call, device_of, move
 from fat_brevitas.config import Plan, parse_config
 from fat_brevitas.modules import ActTensorQuant, WeightTensorQuant
 from fat_brevitas.placement import Placement, detach_pruned, install, trace
 from fat_plugins.errors import CheckpointError, ConfigError, HostError
-from fat_plugins.quantizer import LayerQuantizers, Quantizer, named_quantizers
+from fat_plugins.quantizer import LayerQuantizers, Quantizer, coordinators, named_quantizers
 from fat_plugins.registry import get_algorithm
 from fat_plugins.scopes import as_list
 
@@ -86,7 +86,7 @@ def quantize(
     result = QuantizedModel(traced.model, traced.model.graph, type(model).__name__).to(device)
     if not any(True for _ in named_quantizers(result)):
         raise HostError("nothing to quantize: the scopes of the config leave no tensor")
-    _add_coordinators(result)
+    _add_coordinators(result, batches)
     if plan.lr_multiplier is not None:
         for _, quantizer in named_quantizers(result):
             quantizer.set_lr_multiplier(plan.lr_multiplier)
@@ -145,7 +145,7 @@ def _quantizer_of(module: nn.Module | None) -> Quantizer | None:
     return found.quantizer if isinstance(found, ActTensorQuant) else None
 
 
-def _add_coordinators(model: QuantizedModel) -> None:
+def _add_coordinators(model: QuantizedModel, batches: Batches | None) -> None:
     layers: dict[str, list[LayerQuantizers]] = {}
     seen: set[int] = set()
     algorithm_of = {id(q): type_name for q, type_name in _algorithms(model)}
@@ -164,12 +164,15 @@ def _add_coordinators(model: QuantizedModel) -> None:
             before = None
         parameters = dict(layer.named_parameters(recurse=False))
         own = {f"{node.target}.weight": parameters.get("weight", parameters.get("weight_orig"))}
+        own |= {f"{node.target}.bias": parameters["bias"]} if parameters.get("bias") is not None else {}
         layers.setdefault(name, []).append(LayerQuantizers(node.target, weight, before, own))
     found = nn.ModuleDict()
     for name, members in layers.items():
         coordinator = get_algorithm(name).make_coordinator(members)
         if coordinator is not None:
-            found[name] = coordinator
+            found[name] = coordinator.to(device_of(model)).train(model.training)
+            if batches is not None:
+                coordinator.set_calibration(Pass(model, batches))
     if found:
         model.add_module(COORDINATORS, found)
 
@@ -203,15 +206,19 @@ def _state(model: nn.Module, plan: Plan, merge_bn: bool) -> dict[str, Any]:
     return {"format": _FORMAT, "compression": plan.section, "merge_bn": merge_bn, "quantizers": names}
 
 
-def rebuild(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
+def rebuild(model: nn.Module, state: Mapping[str, Any], calibration: Iterable[Any] | None = None) -> nn.Module:
     """The same quantizers on a fresh float model; load the state dict of the quantized model afterwards.
 
     :param state: ``compression_state`` of the model that :func:`quantize` gave, in JSON types.
+    :param calibration: batches for algorithms that look at data while they train; nothing is initialised from them.
     :raises CheckpointError: it is no such state, or the model is another one.
     """
     if not isinstance(state, Mapping) or state.get("format") != _FORMAT or "compression" not in state:
         raise CheckpointError("compression_state: this is no state of a model that fat_brevitas quantized")
     result = quantize(model, state["compression"], merge_bn=bool(state.get("merge_bn")))
+    if calibration is not None:
+        for coordinator in coordinators(result):
+            coordinator.set_calibration(Pass(result, Batches(calibration, device_of(result))))
     differing = sorted(set(state.get("quantizers", ())) ^ set(result.compression_state["quantizers"]))
     if differing:
         raise CheckpointError(f"compression_state: the model is another one; it differs in {differing[0]!r}")

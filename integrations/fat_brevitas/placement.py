@@ -32,7 +32,7 @@ from fat_brevitas.graph import WEIGHTED, Traced
 from fat_brevitas.injectors import act_quant, weight_quant
 from fat_plugins.config import DEFAULT_BITS, CompressionConfig
 from fat_plugins.errors import FatPluginsError, HostError
-from fat_plugins.quantizer import TensorSpec
+from fat_plugins.quantizer import TensorSpec, module_geometry
 from fat_plugins.scopes import as_list
 
 #: calls that Brevitas's own list of functions with a module leaves out
@@ -224,7 +224,8 @@ class Placement:
         kept = isinstance(getattr(module, "weight_mask", None), torch.Tensor)
         spec = TensorSpec("weight", DEFAULT_BITS, name=node.target, shape=tuple(module.weight.shape),
                           channel_axis=1 if "Transpose" in type(module).__name__ else 0,
-                          followed_by_norm=self.traced.followed_by_norm(node), keep_zeros=kept)  # fmt: skip
+                          followed_by_norm=self.traced.followed_by_norm(node), keep_zeros=kept,
+                          **module_geometry(module))  # fmt: skip
         edge = self.traced.weight_edge(node)
         done = self.config.resolve(spec, lambda scope: names.matches(scope, [node.name]), edge)
         if done is None:

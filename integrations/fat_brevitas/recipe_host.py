@@ -45,7 +45,7 @@ class BrevitasHost:
         """Place and initialise quantizers; with a state, place them only."""
         self.check(config, example_input)
         if compression_state is not None:
-            result = rebuild(model, compression_state)
+            result = rebuild(model, compression_state, loader)
         else:
             result = quantize(model, config, loader, example_input=example_input)
         return Controller(result), result

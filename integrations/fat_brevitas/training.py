@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,12 +9,7 @@ from torch import Tensor, nn
 
 from fat_brevitas.calibration import device_of
 from fat_plugins import quantizer as core
-from fat_plugins.quantizer import Coordinator, Progress
-
-
-def coordinators(model: nn.Module) -> Iterator[Coordinator]:
-    """Coordinators of the algorithms in ``model``."""
-    return (m for m in model.modules() if isinstance(m, Coordinator))
+from fat_plugins.quantizer import Progress
 
 
 def set_progress(
@@ -26,28 +20,24 @@ def set_progress(
     epoch: int = 0,
     total_steps: int | None = None,
     total_epochs: int | None = None,
+    begun: bool = True,
 ) -> None:
-    """Tell every quantizer and coordinator where training stands; call it before each step or epoch.
+    """Tell every quantizer and coordinator where training stands; call it before each step or epoch, and after the
+    state dict is loaded.
 
     :param progress: all numbers at once, in the place of the others.
     :param step: optimizer steps done.
     :param epoch: epochs begun, counted from 0.
     :param total_steps, total_epochs: planned, when known.
+    :param begun: ``False`` as long as a state dict may still be loaded; coordinators are left out then.
     """
-    progress = progress or Progress(step, epoch, total_steps, total_epochs)
-    core.set_progress(model, progress)
-    for coordinator in coordinators(model):
-        coordinator.on_progress(progress)
+    core.set_progress(model, progress or Progress(step, epoch, total_steps, total_epochs), begun=begun)
 
 
 def regularization(model: nn.Module) -> Tensor:
     """What the algorithms add to the training loss: a scalar on the model's device, 0 when they add nothing."""
-    device = device_of(model)
-    total = torch.zeros((), device=device)
-    for term in (core.regularization(model), *(c.regularization() for c in coordinators(model))):
-        if term is not None:
-            total = total + term.reshape(()).to(device)
-    return total
+    total = core.regularization(model)
+    return torch.zeros((), device=device_of(model)) if total is None else total
 
 
 class QuantizationCallback:

@@ -131,5 +131,9 @@ class PluginBuilder(QuantizationBuilder):
             self._groups_of_adjacent_quantizers,
             self._quantizers_input_shapes,
             build_time_metric_info=self._build_time_metric_infos,
-            build_time_range_init_params=self._range_init_params,
+            build_time_range_init_params=self._range_init_params or self._data(),
         )
+
+    def _data(self) -> PTRangeInitParams | None:
+        """The registered loader of a model that is resumed, for algorithms that look at data while they train."""
+        return self._parse_range_init_params() if self.config.has_extra_struct(QuantizationRangeInitArgs) else None

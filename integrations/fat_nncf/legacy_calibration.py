@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,34 +48,66 @@ def calibrate_weights(model: nn.Module) -> None:
         quantizer.core.calibrate(operand(module, quantizer)[0])
 
 
+def _showing(observe: Callable[[Tensor], None]) -> Callable[..., None]:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:  # what a hook returns would replace the input
+        observe(args[0].detach())
+
+    return hook
+
+
+@contextmanager
+def _showing_inputs(model: nn.Module) -> Iterator[None]:
+    """Layers whose weight quantizer wants its input show it."""
+    hooks = [
+        module.register_forward_pre_hook(_showing(quantizer.core.observe_input))
+        for module, _, quantizer in quantized_layers(model)
+        if quantizer.core.wants_input
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Pass:
+    """Passes the registered loader's data through the quantized model as it stands, in evaluation mode."""
+
+    def __init__(self, model: NNCFNetwork, range_init_params: Any) -> None:
+        self._model, self._params = model, range_init_params
+
+    def __call__(self, samples: int) -> None:
+        """About ``samples`` samples."""
+        loader = self._params.init_range_data_loader
+        steps = min(len(loader), -(-samples // max(loader.batch_size or 1, 1)))
+        runner = SimpleDataLoaderRunner(self._model, self._params.device)
+        runner.progressbar_description = "Collecting statistics"
+        with _showing_inputs(self._model), training_mode_switcher(self._model, is_training=False), torch.no_grad():
+            runner.run(loader, steps)
+
+
 @contextmanager
 def _observing(model: nn.Module, quantizers: list[PluginQuantizer]) -> Iterator[None]:
     """The float network runs; ``quantizers`` watch, and layers whose weight quantizer wants its input show it."""
     others = [m for m in model.modules() if isinstance(m, PluginQuantizer) and m.is_enabled_quantization()]
-    hooks = []
-    for module, _, quantizer in quantized_layers(model):
-        if quantizer.core.needs_input:
-            observe = quantizer.core.observe_input
-            hooks.append(module.register_forward_pre_hook(lambda _m, args, f=observe: f(args[0].detach())))
     for quantizer in others:
         quantizer.disable_quantization()
     for quantizer in quantizers:
         quantizer.observing = True
     try:
-        yield
+        with _showing_inputs(model):
+            yield
     finally:
         for quantizer in quantizers:
             quantizer.observing = False
         for quantizer in others:
             quantizer.enable_quantization()
-        for hook in hooks:
-            hook.remove()
 
 
 def calibrate_on_data(model: NNCFNetwork, range_init_params: Any) -> None:
     """Show batches of the registered loader to the quantizers that are calibrated by data."""
     quantizers = [m for m in model.modules() if isinstance(m, PluginQuantizer) and m.from_data]
-    if not quantizers and not any(q.core.needs_input for _, _, q in quantized_layers(model)):
+    if not quantizers and not any(q.core.wants_input for _, _, q in quantized_layers(model)):
         return
     for quantizer in quantizers:
         quantizer.core.reset_calibration()

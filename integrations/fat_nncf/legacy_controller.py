@@ -17,12 +17,12 @@ from nncf.torch.quantization.metrics import PTQuantizationStatisticsCollector
 from nncf.torch.utils import get_model_device
 from torch import Tensor
 
-from fat_nncf.legacy_calibration import calibrate_on_data, calibrate_weights, operand, quantized_layers
+from fat_nncf.legacy_calibration import Pass, calibrate_on_data, calibrate_weights, operand, quantized_layers
 from fat_nncf.legacy_placement import is_weighted
 from fat_nncf.legacy_quantizer import PluginQuantizer
 from fat_nncf.legacy_strip import COORDINATORS, copy_without_controller, strip_in_place
 from fat_plugins.errors import ExportError
-from fat_plugins.quantizer import LayerQuantizers, Progress
+from fat_plugins.quantizer import Coordinator, LayerQuantizers, Progress
 from fat_plugins.registry import get_algorithm
 
 
@@ -60,9 +60,11 @@ class PluginScheduler(BaseCompressionScheduler):
         """Steps done and epochs begun; NNCF counts from -1, which means not started."""
         return Progress(max(self.current_step, 0), max(self.current_epoch, 0), self.total_steps, self.total_epochs)
 
-    def _tell(self) -> None:
+    def _tell(self, begun: bool = True) -> None:
+        """Announce the progress; to coordinators only when no state dict can be loaded any more."""
         for part in self._controller.parts():
-            part.on_progress(self.progress)
+            if begun or not isinstance(part, Coordinator):
+                part.on_progress(self.progress)
 
     def step(self, next_step: int | None = None) -> None:
         super().step(next_step)
@@ -78,7 +80,7 @@ class PluginScheduler(BaseCompressionScheduler):
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
         self.total_steps, self.total_epochs = state.get("total_steps"), state.get("total_epochs")
-        self._tell()
+        self._tell(begun=False)
 
 
 class _StatisticsCollector(PTQuantizationStatisticsCollector):
@@ -130,7 +132,7 @@ class PluginController(QuantizationController):
         self._add_coordinators(target_model)
         self._loss = PluginLoss(self)
         self._scheduler = PluginScheduler(self)
-        self._scheduler._tell()
+        self._scheduler._tell(begun=False)
 
     def _get_algo_config(self) -> dict[str, Any]:
         return self._section
@@ -142,7 +144,9 @@ class PluginController(QuantizationController):
         for name in sorted({algorithm for algorithm, _ in layers}):
             coordinator = get_algorithm(name).make_coordinator([layer for a, layer in layers if a == name])
             if coordinator is not None:
-                found[name] = coordinator
+                if self._build_time_range_init_params is not None:
+                    coordinator.set_calibration(Pass(model, self._build_time_range_init_params))
+                found[name] = coordinator.to(get_model_device(model))
         if found:
             model.nncf.add_module(COORDINATORS, found)
 

@@ -17,7 +17,7 @@ from nncf.torch.nncf_network import NNCFNetwork
 from fat_nncf.graph import LayerMap
 from fat_plugins.config import CompressionConfig
 from fat_plugins.errors import ConfigError, QuantizationError, nearest
-from fat_plugins.quantizer import TensorSpec
+from fat_plugins.quantizer import TensorSpec, module_geometry
 from fat_plugins.registry import get_algorithm
 
 #: NNCF's algorithms that set weights to zero
@@ -193,6 +193,7 @@ class Placement:
             channel_axis=1 if getattr(module, "transposed", False) else 0,
             followed_by_norm=all(self.layers.followed_by_norm(n) for n in nodes),
             keep_zeros=self.keep_zeros,
+            **module_geometry(module),
         )
         edge = next((e for e in ("first", "last") if e in edges), None)
         resolved = self.config.resolve(spec, self._matcher(nodes), edge)

@@ -15,7 +15,7 @@ from nncf.torch.utils import no_jit_trace
 from torch import Tensor
 
 from fat_plugins.errors import CheckpointError, QuantizationError
-from fat_plugins.forms import Form, UniformGrid
+from fat_plugins.forms import Form, UniformGrid, staircase_steps
 from fat_plugins.functional import per_channel_view
 from fat_plugins.quantizer import TensorSpec
 from fat_plugins.registry import make_quantizer
@@ -81,11 +81,11 @@ def _along(form: Form, ndim: int) -> Tensor:
 def staircase_ops(form: Any, x: Tensor) -> Tensor:
     """A form with free thresholds in plain comparisons, for tracers that know no bucketize."""
     with no_jit_trace():
-        levels, thresholds, steps = form.levels.tolist(), form.thresholds.tolist(), form.levels.diff().tolist()
+        lowest, steps = float(form.levels[0]), staircase_steps(form, x.ndim)
         scale = _along(form, x.ndim)
     r = x / scale
-    out = torch.full_like(r, float(levels[0]))
-    for threshold, step in zip(thresholds, steps, strict=True):
+    out = torch.full_like(r, lowest)
+    for threshold, step in steps:
         out = out + (r > threshold).to(r.dtype) * float(step)
     return out * scale
 

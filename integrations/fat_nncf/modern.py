@@ -34,7 +34,7 @@ from fat_nncf.modern_controller import CompressionStage, Controller, Statistics
 from fat_nncf.modern_data import Batches, DatasetBatches, batches_of, device_of, example_from
 from fat_nncf.modern_deploy import freeze
 from fat_nncf.modern_hooks import COORDINATORS, PluginQuantizer, plugin_hooks, remove_hook
-from fat_nncf.modern_init import adapt_batch_norms, calibrate_activations, calibrate_weights
+from fat_nncf.modern_init import Pass, adapt_batch_norms, calibrate_activations, calibrate_weights
 from fat_nncf.modern_placement import (
     Traced,
     advanced,
@@ -216,9 +216,8 @@ def _has_masks(model: nn.Module) -> bool:
 
 
 def _resume(model: nn.Module, plan: Plan, state: Mapping[str, Any], config: Mapping[str, Any]) -> Controller:
-    example = example_from(plan.inputs, device_of(model))
-    batches = batches_of(config, plan.inputs, device_of(model)) if example is None else None
-    traced = trace(model, batches.example if batches else example)
+    batches = batches_of(config, plan.inputs, device_of(model))
+    traced = trace(model, batches.example)
     rebuild(traced, state)
     sparsity = Sparsity(plan.sparsity, model) if plan.sparsity is not None else None
     if sparsity is not None and not _has_masks(model):
@@ -230,19 +229,22 @@ def _resume(model: nn.Module, plan: Plan, state: Mapping[str, Any], config: Mapp
     return controller
 
 
-def _controller(traced: Traced, plan: Plan, sparsity: Sparsity | None, batches: Batches | None) -> Controller:
+def _controller(traced: Traced, plan: Plan, sparsity: Sparsity | None, batches: Batches) -> Controller:
     example = example_from(plan.inputs, device_of(traced.model))
-    _add_coordinators(traced)
+    _add_coordinators(traced, batches)
     example = batches.example if example is None else example
     return Controller(traced.model, plan.config.algorithm, example, sparsity)
 
 
-def _add_coordinators(traced: Traced) -> None:
+def _add_coordinators(traced: Traced, batches: Batches) -> None:
     """One for each algorithm in use that has one, over its layers in execution order; its state goes with the model."""
     found = nn.ModuleDict()
     for name in dict.fromkeys(hook.algorithm for hook in plugin_hooks(traced.model)):
         if get_algorithm(name).coordinator is not None:
             found[name] = get_algorithm(name).make_coordinator(layer_quantizers(traced, name))
+            found[name].to(device_of(traced.model)).train(traced.model.training)
+            if batches.real:
+                found[name].set_calibration(Pass(traced.model, batches))
     if found:
         traced.model.add_module(COORDINATORS, found)
 
@@ -304,7 +306,7 @@ def quantize(
     )  # fmt: skip
     resolved = resolve(traced, points, config, keep_zeros=_has_masks(model), lr_multiplier=None)
     install(traced, resolved)
-    _add_coordinators(traced)
+    _add_coordinators(traced, batches)
     calibrate_weights(model, resolved)
     calibrate_activations(model, resolved, batches, ranges_first=False)
     adapt_batch_norms(model, batches, batchnorm_adaptation_steps)

@@ -41,8 +41,8 @@ class Scheduler:
         an end.
     """
 
-    def __init__(self, model: nn.Module, coordinators: list[Coordinator], sparsity: Sparsity | None) -> None:
-        self._model, self._coordinators, self._sparsity = model, coordinators, sparsity
+    def __init__(self, model: nn.Module, sparsity: Sparsity | None) -> None:
+        self._model, self._sparsity = model, sparsity
         self.current_step = self.current_epoch = -1
         self.total_steps: int | None = None
         self.total_epochs: int | None = None
@@ -59,12 +59,13 @@ class Scheduler:
             self._sparsity.on_epoch(self.current_epoch)
         self.announce()
 
-    def announce(self) -> None:
-        """Tell everybody where training stands."""
+    def announce(self, begun: bool = True) -> None:
+        """Tell everybody where training stands.
+
+        :param begun: ``False`` as long as a state dict may still be loaded; coordinators are left out then.
+        """
         progress = Progress(max(self.current_step, 0), max(self.current_epoch, 0), self.total_steps, self.total_epochs)
-        set_progress(self._model, progress)
-        for coordinator in self._coordinators:
-            coordinator.on_progress(progress)
+        set_progress(self._model, progress, begun=begun)
 
     def get_state(self) -> dict[str, Any]:
         """JSON-ready counters."""
@@ -83,7 +84,7 @@ class Scheduler:
         self.total_steps, self.total_epochs = state.get("total_steps"), state.get("total_epochs")
         if self._sparsity is not None:
             self._sparsity.resume(self.current_epoch)
-        self.announce()
+        self.announce(begun=False)
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,8 @@ class Controller:
     ) -> None:
         self._model, self._algorithm, self._example, self._sparsity = model, algorithm, example, sparsity
         self.coordinators: list[Coordinator] = list(getattr(model, COORDINATORS, {}).values())
-        self.scheduler = Scheduler(model, self.coordinators, sparsity)
-        self.scheduler.announce()
+        self.scheduler = Scheduler(model, sparsity)
+        self.scheduler.announce(begun=False)
 
     @property
     def model(self) -> nn.Module:
@@ -164,8 +165,7 @@ class Controller:
     def loss(self) -> Tensor:
         """What the algorithms add to the training loss: a scalar on the model's device, 0 when they add nothing."""
         device = device_of(self._model)
-        terms = [regularization(self._model), *(c.regularization() for c in self.coordinators)]
-        terms.append(self._sparsity.loss() if self._sparsity is not None else None)
+        terms = [regularization(self._model), self._sparsity.loss() if self._sparsity is not None else None]
         total = torch.zeros((), device=device)
         for term in terms:
             if term is not None:

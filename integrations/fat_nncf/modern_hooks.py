@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from fat_plugins.errors import CheckpointError, HostError
-from fat_plugins.forms import Form, UniformGrid
+from fat_plugins.forms import Form, UniformGrid, staircase_steps
 from fat_plugins.frozen import FrozenWeight
 from fat_plugins.functional import per_channel_view, wide
 from fat_plugins.quantizer import ActivationQuantizer, Quantizer, TensorSpec, WeightQuantizer
@@ -146,8 +146,7 @@ def carry(x: Tensor, form: Form) -> Tensor:
 def _staircase(x: Tensor, form: Form) -> Tensor:
     with no_jit_trace():
         view = per_channel_view(form.scale.detach(), x.ndim, form.channel_axis)
-        steps = [] if isinstance(form, UniformGrid) else list(zip(form.thresholds, form.levels.diff(), strict=True))
-        steps = [(float(threshold), int(height)) for threshold, height in steps]
+        steps = [] if isinstance(form, UniformGrid) else staircase_steps(form, x.ndim)
         lowest = form.low if isinstance(form, UniformGrid) else int(form.levels[0])
     r = wide(x) / view
     if isinstance(form, UniformGrid):

@@ -31,11 +31,12 @@ from fat_nncf.modern_hooks import PluginQuantizer, parameter, plugin_hooks, set_
 from fat_nncf.modern_scopes import CONST, NodeNames
 from fat_plugins.config import DEFAULT_BITS, CompressionConfig
 from fat_plugins.errors import HostError, QuantizationError
-from fat_plugins.quantizer import LayerQuantizers, TensorSpec
+from fat_plugins.quantizer import LayerQuantizers, TensorSpec, conv_geometry
 from fat_plugins.registry import get_algorithm
 
 _INPUT, _OUTPUT = "nncf_model_input", "nncf_model_output"
 _OVERFLOW_BITS = 7
+_BIAS_PORT = 2
 
 
 @dataclass
@@ -258,7 +259,20 @@ def _weight_spec(traced: Traced, point: Point, keep_zeros: bool) -> TensorSpec:
     layers = [n for n in point.nodes if n in traced.layers.position]
     norm = node.node_type != CONST and all(traced.layers.followed_by_norm(n) for n in layers)
     return TensorSpec("weight", DEFAULT_BITS, name=point.tensor.removesuffix(".weight"), shape=tuple(weight.shape),
-                      channel_axis=axes[0] if axes else 0, followed_by_norm=norm, keep_zeros=keep_zeros)  # fmt: skip
+                      channel_axis=axes[0] if axes else 0, followed_by_norm=norm, keep_zeros=keep_zeros,
+                      **_geometry(node, tuple(weight.shape[2:])))  # fmt: skip
+
+
+def _geometry(node: Any, kernel: tuple[int, ...]) -> dict[str, Any]:
+    """Stride, padding, dilation and groups of a convolution, from the arguments of its call."""
+    attributes = node.layer_attributes
+    name = getattr(getattr(attributes, "func", None), "__name__", "")
+    if not name.startswith("conv"):
+        return {}
+    plain, transposed = ("padding", "dilation", "groups"), ("padding", "output_padding", "groups", "dilation")
+    names = ("input", "weight", "bias", "stride", *(transposed if "transpose" in name else plain))
+    given = {**dict(zip(names, attributes.op_args, strict=False)), **attributes.op_kwargs}
+    return conv_geometry(kernel, **{k: v for k, v in given.items() if k in ("stride", *plain)})
 
 
 def resolve(
@@ -367,6 +381,17 @@ def layer_quantizers(traced: Traced, algorithm: str) -> list[LayerQuantizers]:
         before = inputs.get(name)
         found[hook] = LayerQuantizers(
             hook.name, hook.core, before.core if before is not None and before.algorithm == algorithm else None,
-            {hook.tensor: parameter(traced.model, hook.tensor)},
+            _parameters(traced, hook.tensor, name),
         )  # fmt: skip
     return list(found.values())
+
+
+def _parameters(traced: Traced, tensor: str, operation: str) -> dict[str, nn.Parameter]:
+    """Weight and, where the layer has one, bias by their names in the model."""
+    found = {tensor: parameter(traced.model, tensor)}
+    node = traced.graph.get_node_by_name(operation)
+    if _BIAS_PORT in node.layer_attributes.constant_port_ids:
+        bias = get_const_node(node, _BIAS_PORT, traced.graph)
+        if bias is not None:
+            found[bias.node_name] = parameter(traced.model, bias.node_name)
+    return found

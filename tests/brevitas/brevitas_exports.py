@@ -10,21 +10,20 @@ import fat_brevitas
 import numpy as np
 import pytest
 import torch
+from fat_brevitas.modules import container_of
 from torch import Tensor, nn
 
 from fat_plugins import ConfigError, TensorSpec, algorithms, registry
-from fat_plugins.forms import Codebook, Form, SumOfGrids, UniformGrid
+from fat_plugins.forms import Codebook, Form, Staircase, SumOfGrids, UniformGrid
 from fat_plugins.functional import per_channel_view, uniform_codes
 from fat_plugins.quantizer import FrozenTensor, WeightQuantizer
 from fat_plugins.registry import Algorithm
 
 VERSION = fat_brevitas.BREVITAS_VERSION
-#: options under which activations of about 1 do not all become zero
-OPTIONS = {"pact": {"alpha": None}, "squantizer": {"alpha": None}}
 
 
 def forms(name: str, bits: int) -> list[Form]:
-    """Deployed forms of an algorithm with its defaults: weights, activations with and without negative values.
+    """Deployed forms of an algorithm with its defaults: of weights and of activations behind a ReLU.
 
     :return: nothing when the algorithm does not have that width for both.
     """
@@ -33,55 +32,61 @@ def forms(name: str, bits: int) -> list[Form]:
         return []
     try:
         weight = algorithm.make_weight(TensorSpec("weight", bits, shape=(6, 9)))
-        activations = [algorithm.make_activation(TensorSpec("activation", bits, signed=s)) for s in (False, True)]
+        activation = algorithm.make_activation(TensorSpec("activation", bits, signed=False))
     except ConfigError:
         return []
-    for quantizer, values in zip((weight, *activations), (x, x.relu(), x), strict=True):
-        quantizer.calibrate(values)
-    return [weight.freeze(x).form, *(a.form() for a in activations)]
+    weight.calibrate(x), activation.calibrate(x.relu())
+    return [weight.freeze(x).form, activation.form()]
 
 
-def plain(name: str, bits: int) -> bool:
-    """Whether these are uniform grids of that very width, which every format holds."""
-    found = forms(name, bits)
-    return bool(found) and all(isinstance(f, UniformGrid) and f.bits == bits for f in found)
+def free(name: str, bits: int) -> bool:
+    """Whether one of these is no single scale times rounded integers, which not every format holds."""
+    return any(isinstance(form, (SumOfGrids, Staircase)) for form in forms(name, bits))
 
 
-#: bits and granularity of every registered algorithm with plain grids
+#: bits and granularity of every registered algorithm; one-bit ones and free forms have tests of their own
 CASES = [
     (name, bits, per_channel)
     for name, algorithm in algorithms().items()
     for bits in (2, 3, 4, 8)
-    if plain(name, bits)
+    if forms(name, bits) and not free(name, bits)
     for per_channel in ([False, True] if algorithm.per_channel_weights else [False])
 ]
-#: algorithms and bits with other grids; not every format holds them
-OTHER = [(name, bits) for name in algorithms() for bits in (1, 2, 4) if forms(name, bits) and not plain(name, bits)]
+#: algorithms and bits whose grids are sums or have free thresholds
+FREE = [(name, bits) for name in algorithms() for bits in (1, 2, 4) if free(name, bits)]
 each_case = pytest.mark.parametrize(("algorithm", "bits", "per_channel"), CASES)
-#: one width and granularity per algorithm, where a test is about something else
-FEW = [(name, 3, per) for name, bits, per in CASES if bits == 3]
-each_algorithm = pytest.mark.parametrize(("algorithm", "bits", "per_channel"), FEW)
+#: the finest granularity only, for exports that take long
+FINEST = [c for c in CASES if c[2] or (c[0], c[1], True) not in CASES]
+each_width = pytest.mark.parametrize(("algorithm", "bits", "per_channel"), FINEST)
+#: one width per algorithm, where a test is about something else
+each_algorithm = pytest.mark.parametrize(("algorithm", "bits", "per_channel"), [c for c in FINEST if c[1] == 3])
 
 
 class Chain(nn.Module):
-    """Three weighted layers between quantized activations; what comes out is codes of ``out`` times its scale."""
+    """Three weighted layers between quantized activations; what comes out is codes of ``out`` times its scale.
 
-    def __init__(self, algorithm: str, bits: int, per_channel: bool = False, act: str | type | None = None, **options):
+    :param act: quantizer class of the activations, the last one included (else the algorithm's, and 8 bits at the end).
+    """
+
+    def __init__(self, algorithm: str, bits: int, per_channel: bool = False, act: type | None = None, **options):
         super().__init__()
         weight = fat_brevitas.weight_quant(algorithm, bit_width=bits, scaling_per_output_channel=per_channel, **options)
-        made = act if isinstance(act, type) else fat_brevitas.act_quant(act or algorithm, bit_width=bits)
-        self.inp = qnn.QuantIdentity(act_quant=fat_brevitas.act_quant("minmax", bit_width=8))
+        made = fat_brevitas.act_quant(algorithm, bit_width=bits) if act is None else act
+        plain = fat_brevitas.act_quant("minmax", bit_width=8)
+        self.inp = qnn.QuantIdentity(act_quant=plain)
         self.conv1 = qnn.QuantConv2d(3, 6, 3, bias=False, weight_quant=weight)
-        self.bn = nn.BatchNorm2d(6)
+        self.bn1, self.bn2 = nn.BatchNorm2d(6, momentum=1.0), nn.BatchNorm2d(4, momentum=1.0)
+        for norm in (self.bn1, self.bn2):  # wide enough for a clip that starts at 10
+            nn.init.constant_(norm.weight, 8.0)
         self.act1 = qnn.QuantReLU(act_quant=made)
         self.conv2 = qnn.QuantConv2d(6, 4, 3, groups=2, weight_quant=weight)
         self.act2 = qnn.QuantReLU(act_quant=made)
         self.fc = qnn.QuantLinear(64, 4, bias=False, weight_quant=weight)
-        self.out = qnn.QuantIdentity(act_quant=made)
+        self.out = qnn.QuantIdentity(act_quant=plain if act is None else made)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act1(self.bn(self.conv1(self.inp(x))))
-        return self.out(self.fc(self.act2(self.conv2(x)).flatten(1)))
+        x = self.act1(self.bn1(self.conv1(self.inp(x))))
+        return self.out(self.fc(self.act2(self.bn2(self.conv2(x))).flatten(1)))
 
 
 def example(*shape: int) -> Tensor:
@@ -100,11 +105,22 @@ def chain(algorithm: str, bits: int = 3, per_channel: bool = False, **keywords) 
     """A calibrated :class:`Chain` and an input."""
     torch.manual_seed(1)
     x = example()
-    return calibrated(Chain(algorithm, bits, per_channel, **keywords), x), x
+    model = calibrated(Chain(algorithm, bits, per_channel, **keywords), x)
+    if "act" not in keywords:
+        # low-bit layers give few values: with the largest at the end of the grid, others would be exact ties
+        bound = 1.0371 * float(model(x).detach().abs().max())
+        model.out.act_quant.quantizer.calibrate_range(-bound, bound)
+    return model, x
 
 
 #: ONNX operators that may stand beside quantizers
 STANDARD = {"Conv", "ConvTranspose", "BatchNormalization", "Relu", "Flatten", "Reshape", "MatMul", "Gemm", "Transpose"}
+
+
+def widths(model: nn.Module) -> list[int]:
+    """Width of the plain integer type of every layer's weight; that of an algorithm's grid of odd levels is wider."""
+    layers = (m for m in model.modules() if hasattr(m, "quant_weight"))
+    return [container_of(m.weight_quant.freeze(m.weight).form).bits for m in layers]
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from brevitas_exports import (
     chain,
     each_algorithm,
     each_case,
+    each_width,
     example,
     execute,
     export_qonnx,
@@ -25,6 +26,7 @@ from brevitas_exports import (
     test_algorithms,  # noqa: F401
     torch_weights,
     weight_types,
+    widths,
 )
 from brevitas_nets import build, each_layer
 from torch import nn
@@ -60,6 +62,7 @@ def test_qonnx_gives_the_codes_of_torch(algorithm, bits, per_channel, tmp_path):
         fits = written.shape == tuple(trained.shape)
         np.testing.assert_array_equal(written if fits else written.T, trained.numpy())
     assert set(operators(file)) <= {"Quant", *STANDARD} and operators(file)["Quant"] == 7
+    assert weight_types(file) == [f"INT{n}" for n in widths(model)]
     intact(model, x, y)
 
 
@@ -82,7 +85,7 @@ def test_dynamo(algorithm, bits, per_channel, tmp_path):
 
 
 def test_power_of_two_weights(tmp_path):
-    model, x = chain("fat", 4, act="fat", levels="power_of_two")
+    model, x = chain("fat", 4, levels="power_of_two")
     file = load(export_qonnx(model, x, tmp_path / "m.onnx"))
     same_codes(execute(file, x), model(x), float(model.out.act_quant.scale()))
     scale = float(model.conv1.weight_quant.scale())
@@ -248,13 +251,17 @@ def test_wide_levels_and_one_bit_do_not_fit_qcdq(test_algorithms):  # noqa: F811
 # QCDQ and the inference mode
 # --------------------------------------------------------------------------------------------------------------------
 @needs_onnx_qcdq
-@each_case
+@each_width
 def test_onnx_qcdq_in_onnx_runtime(algorithm, bits, per_channel, tmp_path):
     import onnxruntime
     from brevitas.export import export_onnx_qcdq
 
     model, x = chain(algorithm, bits, per_channel)
     scale, path = float(model.out.act_quant.scale()), str(tmp_path / "m.onnx")
+    if max(widths(model)) > 8:
+        with pytest.raises(ExportError, match=r"^conv1: .*need 9 bits and 8 is the most"):
+            export_onnx_qcdq(model, x, path, dynamo=False, opset_version=13)
+        return
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -11,7 +11,7 @@ import pytest
 from brevitas_exports import (
     calibrated,
     chain,
-    each_case,
+    each_algorithm,
     example,
     export_qonnx,
     load,
@@ -19,6 +19,7 @@ from brevitas_exports import (
     test_algorithms,  # noqa: F401
     weight_nodes,
     weight_types,
+    widths,
 )
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -50,12 +51,12 @@ def finn_rules(model) -> None:
             assert not attribute(node, "signed") and not attribute(node, "narrow"), "unsigned, full range after ReLU"
 
 
-@each_case
+@each_algorithm
 def test_rules_and_types(algorithm, bits, per_channel, tmp_path):
     model, x = chain(algorithm, bits, per_channel)
     file = load(export_qonnx(model, x, tmp_path / "m.onnx"))
     finn_rules(file)
-    assert weight_types(file) == [f"INT{bits}"] * 3
+    assert weight_types(file) == [f"INT{n}" for n in widths(model)]
     assert "MatMul" in operators(file) and "Gemm" not in operators(file), "a linear layer without bias is a MatMul"
     for node in weight_nodes(file):
         assert file.get_initializer(node.input[1]).size in ((6, 4) if per_channel else (1,))

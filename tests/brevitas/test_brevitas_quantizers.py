@@ -47,7 +47,7 @@ def test_weights_are_what_the_algorithm_computes(algorithm, layer, bits):
         assert torch.equal(quantized.value, alone(made.weight))
         assert torch.equal(quantized.int(float_datatype=False).long(), form.integers(codes).long())
         assert quantized.is_valid and quantized.signed
-        assert int(quantized.bit_width) == container_of(form).bits
+        assert int(quantized.bit_width) == container_of(form).bits >= bits
     made(x).sum().backward()
     assert made.weight.grad.abs().sum() > 0
 
@@ -165,8 +165,6 @@ def test_a_shared_quantizer_has_one_set_of_parameters():
 @each_activation
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_activations_are_what_the_algorithm_computes(algorithm, bits):
-    low, high = get_algorithm(algorithm).activation_bits
-    bits = min(max(bits, low), high)
     layer = qnn.QuantReLU(act_quant=fat_brevitas.act_quant(algorithm), bit_width=bits, return_quant_tensor=True)
     x = torch.randn(4, 3, 6, 6)
     layer.train()(x)
@@ -174,11 +172,10 @@ def test_activations_are_what_the_algorithm_computes(algorithm, bits):
     out = layer.eval()(x)
     assert torch.equal(out.value, alone(torch.relu(x)))
     assert not out.signed and not layer.act_quant.is_signed
-    width = container_of(alone.form()).bits
-    assert float(layer.act_quant.bit_width()) == width and float(layer.act_quant.zero_point()) == 0
+    assert float(layer.act_quant.bit_width()) == bits and float(layer.act_quant.zero_point()) == 0
     assert out.is_valid
     integers = out.int(float_datatype=False)
-    assert int(integers.min()) == 0 and int(integers.max()) <= 2**width - 1 and len(integers.unique()) <= 2**bits
+    assert int(integers.min()) == 0 and int(integers.max()) <= 2**bits - 1
     assert torch.equal(layer.act_quant.scale(), alone.form().scale.reshape(()))
 
 
@@ -322,7 +319,7 @@ def test_training_lowers_the_loss_and_changes_what_is_learned(algorithm):
         losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
     for name, p in net.named_parameters():
-        assert p.grad is not None or not p.requires_grad, name
+        assert p.grad is not None, name
 
 
 def test_deepcopy_and_evaluation_are_stable():

@@ -358,3 +358,22 @@ def test_sum_errors():
         SumOfGrids([one, one]).encode(torch.tensor([torch.nan]))
     with pytest.raises(ExportError, match="fc: a sum of grids cannot hold activations"):
         FrozenActivation(SumOfGrids([one, one]), "fc")
+
+
+def test_thresholds_per_channel():
+    levels, scale = torch.tensor([-1, 0, 3]), torch.tensor([0.5])
+    thresholds = torch.tensor([[-1.0, 1.0], [0.0, 4.0]], dtype=torch.float64)
+    form = Staircase(2, levels, thresholds, scale, 1)
+    x = torch.tensor([[[-0.6, -0.5, 0.4, 0.6]], [[-0.1, 0.0, 1.9, 2.1]]]).transpose(0, 1)
+    assert form.encode(x).tolist() == [[[0, 0, 1, 2], [0, 0, 1, 2]]]
+    for channel in range(2):
+        alone = Staircase(2, levels, thresholds[channel], scale, 1)
+        assert torch.equal(alone.encode(x[:, channel]), form.encode(x)[:, channel])
+        torch.testing.assert_close(alone.ties(x[:, channel]), form.ties(x)[:, channel])
+    again = form_from_dict(form_to_dict(form))
+    assert torch.equal(again.encode(x), form.encode(x)) and again.channels == 2
+    assert torch.equal(FrozenActivation(form, "a")(x), form.decode(form.encode(x)))
+    with pytest.raises(ConfigError, match="one ascending threshold between each two levels"):
+        Staircase(2, levels, thresholds.flip(1), scale, 1)
+    with pytest.raises(ConfigError, match="a staircase of 2 channels cannot have 3 scales; allowed: 1 or 2"):
+        Staircase(2, levels, thresholds, torch.ones(3), 1)
