@@ -271,6 +271,8 @@ class WeightQuantizer(Quantizer):
     accepts_slices: ClassVar[bool] = False
     #: once calibrated, the quantizer's own parameters are the weight: see :meth:`fold_into`
     owns_weight: ClassVar[bool] = False
+    #: it sets weights to zero by a rule of its own (unless ``spec.keep_zeros``), and hosts report how many
+    prunes: ClassVar[bool] = False
     #: whether 0 is a level; without it the zeros of a sparsity algorithm are refused
     has_zero: ClassVar[bool] = True
 

@@ -319,3 +319,52 @@ def lsq_plus_activation(x, s, beta, bits, rounded=True, g=1.0, grad=None):
         out["ds"] = (grad * np.where(inside, np.round(c) - r, c)).sum() * g
         out["dbeta"] = (grad * ~inside).sum() * g
     return out
+
+
+def soft_steps(x, alpha, beta, b, levels, temperature, mode="true", cap=np.inf, grad=None, hard=False, strict=False):
+    """quantization_networks.md sections 3 and 4: one n-dimensional array of all sigmoids, the printed formulas.
+
+    ``hard``: the forward counts steps; the gradients stay those of the soft function.
+    """
+    levels = np.asarray(levels, float)
+    s, t = np.diff(levels), min(temperature, cap)
+    distance = beta * x[..., None] - b
+    soft = sigmoid(np.clip(t * distance, -10, 10))
+    steps = ((distance > 0) if strict else (distance >= 0)).astype(float) if hard else soft
+    out = dict(y=alpha * (steps @ s + levels[0]))
+    if grad is not None:
+        g = soft if mode == "true" else sigmoid(np.clip(distance, -10, 10))
+        d = t * ((g * (1 - g)) @ s)
+        out["dx"] = grad * alpha * beta * d
+        out["dalpha"] = (grad * (soft @ s + levels[0])).sum()
+        out["dbeta"] = (grad * alpha * x * d).sum()
+    return out
+
+
+def squantize(w, bits, sigma=0.0, grid="paper", mask=None, grad=None):
+    """squantizer.md sections 3, 4 and 8 (options A and B); ``mask``: of another sparsity algorithm."""
+    a, n = np.abs(w), 2 ** (bits - 1) - 1
+    if mask is not None:
+        t = a[mask].min()
+    elif sigma is None:
+        t, mask = 0.0, np.ones(w.shape, bool)
+    else:
+        t = min(max(a.mean() + sigma * (a.std(ddof=1) if a.size > 1 else 0.0), 0.0), a.max())
+        mask = a >= t
+    mn, mx = (0.0 if sigma is None else t), a.max()
+    if n == 1 and sigma is not None:
+        kept = a[mask]
+        mn = kept.mean()
+        mx = mn + 2 * (kept.std(ddof=1) if kept.size > 1 else 0.0)
+    out = dict(t=t, mask=mask, mn=mn, mx=mx)
+    if grid == "aligned" and sigma is not None:
+        first = 127 - n if mx - mn < 1e-6 * mx else np.clip(np.round(mn * n / (mx - mn)), 1, 127 - n)
+        d = mx / (first + n)
+        q = np.clip(np.round(a / d), first, first + n) * d
+    else:
+        span = mx - mn
+        q = mn + (np.round(n * np.clip((a - mn) / span, 0, 1)) / n * span if span > 1e-6 * mx else 0.0)
+    out["wq"] = np.sign(w) * mask * q
+    if grad is not None:
+        out["dw"] = grad * mask
+    return out

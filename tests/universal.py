@@ -22,6 +22,8 @@ from references import (
     lsq_plus_activation,
     minmax_weight,
     pact,
+    soft_steps,
+    squantize,
 )
 
 from fat_plugins import ConfigError, TensorSpec, algorithms, get_algorithm
@@ -78,9 +80,22 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "dorefa": [{}, {"restore_scale": True}],
     "pact": [{}, {"alpha": None}],
     "lsq_plus": [{}, {"train_float_offset": True}],
+    "quantization_networks": [
+        {},
+        {"levels": "+-2", "symmetric_thresholds": True, "temperature": 3.0},
+        {"levels": "uniform", "uniform_thresholds": True},
+        {"backward": "t1", "activation_backward": "t1", "strict": True, "activation_temperature": 40.0},
+    ],
+    "squantizer": [{}, {"grid": "aligned"}, {"sigma": 0.6, "alpha": None}, {"sigma": None, "alpha": 3.0}],
 }
 #: these keep tensors of their own transformation for the backward
 TRANSFORMS_WEIGHTS = {"fat", "dorefa", "pact"}
+#: a level need not lie between the thresholds of its own cell, so these are not idempotent on activations
+FREE_THRESHOLDS = {"quantization_networks"}
+#: zero does not count among the 2^b levels of their weights: it is stored as sparsity
+ZERO_ON_TOP = {"squantizer"}
+#: these have a gradient of zero for the weights that they prune themselves
+OWN_MASK = {"squantizer"}
 #: activations have values of their own, whatever the range of the input
 FIXED_VALUES = {"bitat", "dorefa"}
 #: these draw random numbers in every training forward
@@ -312,7 +327,38 @@ def _lsq_plus_activation(quantizer, x, grad):
     return r["xq"], r["dx"], {"step": r["ds"], "beta": r["dbeta"]}
 
 
+def _quantization_networks(mode, k, cap):
+    def reference(quantizer, x, grad):
+        params, (alpha, beta) = quantizer.params, (v.item() for v in quantizer._scales())
+        r = soft_steps(
+            x, alpha, beta, quantizer.thresholds().numpy(), quantizer.levels, quantizer.clock.item() * k(params),
+            mode(quantizer), cap, grad, hard=not quantizer.training, strict=params.strict,
+        )  # fmt: skip
+        if quantizer.beta is None:  # 1/alpha
+            return r["y"], r["dx"], {"alpha": r["dalpha"] - r["dbeta"] * beta / alpha}
+        return r["y"], r["dx"], {"alpha": r["dalpha"], "beta": r["dbeta"]}
+
+    return reference
+
+
+def _qn_weight_mode(quantizer):
+    binary = quantizer.spec.bits == 1
+    return {"auto": "t1" if binary else "true"}.get(quantizer.params.backward, quantizer.params.backward)
+
+
+def _squantizer_weight(quantizer, x, grad):
+    p = quantizer.params
+    r = squantize(x, quantizer.spec.bits, p.sigma, p.grid, (x != 0) if quantizer.spec.keep_zeros else None, grad)
+    return r["wq"], r["dw"], {}
+
+
 REFERENCES = {
+    ("quantization_networks", "weight"): _quantization_networks(_qn_weight_mode, lambda p: p.temperature, 2000),
+    ("quantization_networks", "activation"): _quantization_networks(
+        lambda q: q.params.activation_backward, lambda p: p.activation_temperature or p.temperature, np.inf
+    ),
+    ("squantizer", "weight"): _squantizer_weight,
+    ("squantizer", "activation"): _pact_activation,
     ("bitat", "weight"): _bitat_weight,
     ("bitat", "activation"): _bitat_activation,
     ("dropbits", "weight"): _dropbits,
@@ -338,7 +384,7 @@ REFERENCES = {
 
 def clip_is_given(case: Case) -> bool:
     """Whether the range of an activation does not come from calibration."""
-    if case.algorithm == "pact":
+    if case.algorithm in ("pact", "squantizer"):
         return case.params.get("alpha", 10.0) is not None
     return case.algorithm in FIXED_VALUES or "activation_alpha" in case.params
 
@@ -346,6 +392,11 @@ def clip_is_given(case: Case) -> bool:
 def widens_ranges(case: Case) -> bool:
     """Whether the highest level of an activation is meant to lie beyond the range that calibration saw."""
     return case.params.get("init", "rq" if case.algorithm == "rq" else "mse") == "rq"
+
+
+def reaches_the_range(case: Case) -> bool:
+    """Whether the upper end of the grid is that of the calibrated range (Quantization Networks: 4/5 of it)."""
+    return not (clip_is_given(case) or widens_ranges(case)) and case.algorithm != "quantization_networks"
 
 
 def scale_invariant(case: Case) -> bool:

@@ -101,6 +101,12 @@ def _averages(r: Tensor, rho: Tensor, draw: _Draw, slopes: bool) -> tuple[list[T
     return [t / sums[0] for t in sums[1:]], best + (r - r)  # NaN stays visible
 
 
+@torch.compiler.disable
+def _relaxed(x: Tensor, log_alpha: Tensor, log_sigma: Tensor, draw: _Draw) -> Tensor:
+    """Outside of compiled graphs, in which no generator can be made."""
+    return _Relaxed.apply(x, log_alpha, log_sigma, draw)
+
+
 class _Relaxed(torch.autograd.Function):
     """``alpha sum_i z_i k_i``, or the drawn point; keeps the input only and draws again in the backward."""
 
@@ -159,7 +165,7 @@ class _Noisy(nn.Module):
     def quantize(self, x: Tensor) -> Tensor:
         """Training: section 3.2. Evaluation: the nearest point, straight-through within the grid."""
         if self.training:
-            return _Relaxed.apply(x, wide(self.log_alpha), self._log_sigma(), self._draw(x))
+            return _relaxed(x, wide(self.log_alpha), self._log_sigma(), self._draw(x))
         out = fake_quantize(x, grad_scale(self.alpha.reshape(()), self.gradient_scale(x)), *self.bounds)
         return _also(out, self.log_sigma)
 

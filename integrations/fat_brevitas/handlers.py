@@ -97,7 +97,7 @@ def _check_form(layer: str, role: str, form: Form, target: str) -> None:
         return
     kind, container = type(form).__name__, container_of(form)
     if isinstance(form, Staircase):
-        reason = "thresholds of its own have no QuantizeLinear; choose uniform levels"
+        reason = "thresholds of its own have no QuantizeLinear; choose a symmetric uniform grid"
     elif container is None:
         reason = "no single scale times integers holds it; choose an algorithm or mode with one grid"
     elif container.bits == 1:

@@ -123,8 +123,8 @@ def _container(path: str, role: str, form: Form) -> Container:
     container = container_of(form)
     if isinstance(form, (Staircase, SumOfGrids)) or container is None:
         raise ExportError(
-            f"{path}: no stock Brevitas quantizer holds the {role}'s {type(form).__name__}; choose uniform levels or "
-            "an algorithm with one grid, or export as it is with export_qonnx"
+            f"{path}: no stock Brevitas quantizer holds the {role}'s {type(form).__name__}; choose a uniform "
+            "grid without offset, or export as it is with export_qonnx"
         )
     return container
 

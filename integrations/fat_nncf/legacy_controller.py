@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from nncf.common.quantization.collectors import QuantizerDescription
 from nncf.common.schedulers import BaseCompressionScheduler
+from nncf.common.sparsity.collector import BaseSparseModelStatisticsCollector, WeightDescription
+from nncf.common.sparsity.statistics import ConstSparsityStatistics
 from nncf.common.statistics import NNCFStatistics
 from nncf.torch.compression_method_api import PTCompressionLoss
 from nncf.torch.nncf_network import NNCFNetwork
@@ -20,6 +22,7 @@ from fat_nncf.legacy_calibration import (
     calibrate_on_data,
     calibrate_weights,
     fold_weights,
+    operand,
     quantized_layers,
 )
 from fat_nncf.legacy_placement import is_weighted
@@ -97,6 +100,34 @@ class _StatisticsCollector(PTQuantizationStatisticsCollector):
             QuantizerDescription(q.num_bits, q.per_channel, q.signed, True, is_weight, q.is_enabled_quantization())
             for is_weight, q in weights + activations
         ]
+
+
+class _SparsityCollector(BaseSparseModelStatisticsCollector):
+    """Zeros in the codes of weights whose quantizers prune, for NNCF's own statistics of sparsity."""
+
+    def __init__(self, model: NNCFNetwork) -> None:
+        self._model = model
+
+    @torch.no_grad()
+    def _collect_weights_descriptions(self) -> list[WeightDescription]:
+        pruned = {
+            id(m.weight): (m, q)
+            for m, _, q in quantized_layers(self._model)
+            if q.core.prunes and not q.spec.keep_zeros and q.is_enabled_quantization()
+        }
+        own = {id(p) for m in self._model.modules() if isinstance(m, PluginQuantizer) for p in m.parameters()}
+        found = []
+        for name, parameter in self._model.named_parameters():
+            if id(parameter) in own or not parameter.numel():
+                continue
+            values, sparse = parameter, id(parameter) in pruned
+            if sparse:
+                module, quantizer = pruned[id(parameter)]
+                name = quantizer.spec.name
+                codes, form = quantizer.core.freeze(operand(module, quantizer)[0])
+                values = form.decode(codes)
+            found.append(WeightDescription(name, list(values.shape), int(values.count_nonzero()), sparse))
+        return found
 
 
 class PluginController(QuantizationController):
@@ -182,6 +213,10 @@ class PluginController(QuantizationController):
             self.weight_quantizers, self.non_weight_quantizers, self._build_time_metric_info
         )
         stats.register("quantization", collector.collect())
+        cores = [q.core for _, _, q in quantized_layers(self.model) if q.is_enabled_quantization()]
+        if not quickly_collected_only and any(c.prunes and not c.spec.keep_zeros for c in cores):
+            # NNCF's word for zeros that no schedule of its own asks for
+            stats.register("const_sparsity", ConstSparsityStatistics(_SparsityCollector(self.model).collect()))
         return stats
 
     def strip_model(self, model: NNCFNetwork, do_copy: bool = False, strip_format: Any = None) -> NNCFNetwork:

@@ -13,42 +13,53 @@ import torch
 from fat_brevitas.modules import container_of
 from torch import Tensor, nn
 
-from fat_plugins import algorithms, registry
-from fat_plugins.forms import Codebook, Staircase, SumOfGrids, UniformGrid
+from fat_plugins import ConfigError, TensorSpec, algorithms, registry
+from fat_plugins.forms import Codebook, Form, Staircase, SumOfGrids, UniformGrid
 from fat_plugins.functional import per_channel_view, uniform_codes
-from fat_plugins.quantizer import FrozenTensor, TensorSpec, WeightQuantizer
+from fat_plugins.quantizer import FrozenTensor, WeightQuantizer
 from fat_plugins.registry import Algorithm
 
 VERSION = fat_brevitas.BREVITAS_VERSION
 
 
-def has_one_scale(algorithm: type[Algorithm], bits: int) -> bool:
-    """Whether an algorithm has this width and, by default, deploys single grids, activations uniform ones."""
+def forms(name: str, bits: int) -> list[Form]:
+    """Deployed forms of an algorithm with its defaults: of weights and of activations behind a ReLU.
+
+    :return: nothing when the algorithm does not have that width for both.
+    """
+    algorithm, x = algorithms()[name], torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
     if algorithm.weight_quantizer is None or algorithm.activation_quantizer is None:
-        return False
-    roles = (algorithm.weight_bits, algorithm.activation_bits)
-    if not all(low <= bits <= high for low, high in roles):
-        return False
-    x = torch.linspace(0, 1, 16).reshape(4, 4)
-    weight = algorithm.make(TensorSpec("weight", bits, shape=(4, 4)))
-    activation = algorithm.make(TensorSpec("activation", bits))
-    weight.calibrate(x)
-    activation.calibrate(x)
-    return not isinstance(weight.freeze(x).form, SumOfGrids) and not isinstance(activation.form(), Staircase)
+        return []
+    try:
+        weight = algorithm.make_weight(TensorSpec("weight", bits, shape=(6, 9)))
+        activation = algorithm.make_activation(TensorSpec("activation", bits, signed=False))
+    except ConfigError:
+        return []
+    weight.calibrate(x), activation.calibrate(x.relu())
+    return [weight.freeze(x).form, activation.form()]
 
 
-#: bits and granularity of every registered algorithm of single grids; other forms have tests of their own
+def free(name: str, bits: int) -> bool:
+    """Whether one of these is no single scale times rounded integers, which not every format holds."""
+    return any(isinstance(form, (SumOfGrids, Staircase)) for form in forms(name, bits))
+
+
+#: bits and granularity of every registered algorithm; one-bit ones and free forms have tests of their own
 CASES = [
     (name, bits, per_channel)
     for name, algorithm in algorithms().items()
     for bits in (2, 3, 4, 8)
-    if has_one_scale(algorithm, bits)
+    if forms(name, bits) and not free(name, bits)
     for per_channel in ([False, True] if algorithm.per_channel_weights else [False])
 ]
+#: algorithms and bits whose grids are sums or have free thresholds
+FREE = [(name, bits) for name in algorithms() for bits in (1, 2, 4) if free(name, bits)]
 each_case = pytest.mark.parametrize(("algorithm", "bits", "per_channel"), CASES)
-#: one width and granularity per algorithm, where a test is about something else
-FEW = [(name, 3, per) for name, bits, per in CASES if bits == 3]
-each_algorithm = pytest.mark.parametrize(("algorithm", "bits", "per_channel"), FEW)
+#: the finest granularity only, for exports that take long
+FINEST = [c for c in CASES if c[2] or (c[0], c[1], True) not in CASES]
+each_width = pytest.mark.parametrize(("algorithm", "bits", "per_channel"), FINEST)
+#: one width per algorithm, where a test is about something else
+each_algorithm = pytest.mark.parametrize(("algorithm", "bits", "per_channel"), [c for c in FINEST if c[1] == 3])
 
 
 class Chain(nn.Module):

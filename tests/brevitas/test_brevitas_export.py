@@ -15,6 +15,7 @@ from brevitas_exports import (
     chain,
     each_algorithm,
     each_case,
+    each_width,
     example,
     execute,
     export_qonnx,
@@ -250,7 +251,7 @@ def test_wide_levels_and_one_bit_do_not_fit_qcdq(test_algorithms):  # noqa: F811
 # QCDQ and the inference mode
 # --------------------------------------------------------------------------------------------------------------------
 @needs_onnx_qcdq
-@each_case
+@each_width
 def test_onnx_qcdq_in_onnx_runtime(algorithm, bits, per_channel, tmp_path):
     import onnxruntime
     from brevitas.export import export_onnx_qcdq
