@@ -101,12 +101,6 @@ def _averages(r: Tensor, rho: Tensor, draw: _Draw, slopes: bool) -> tuple[list[T
     return [t / sums[0] for t in sums[1:]], best + (r - r)  # NaN stays visible
 
 
-@torch.compiler.disable
-def _relaxed(x: Tensor, log_alpha: Tensor, log_sigma: Tensor, draw: _Draw) -> Tensor:
-    """Outside of compiled graphs, in which no generator can be made."""
-    return _Relaxed.apply(x, log_alpha, log_sigma, draw)
-
-
 class _Relaxed(torch.autograd.Function):
     """``alpha sum_i z_i k_i``, or the drawn point; keeps the input only and draws again in the backward."""
 
@@ -141,6 +135,11 @@ class _Noisy(nn.Module):
 
     params: RQParams
 
+    @torch.compiler.disable  # no random generator can be made inside a compiled graph
+    def forward(self, x: Tensor) -> Tensor:
+        """As of every quantizer; it stays outside of compiled graphs."""
+        return super().forward(x)
+
     def _add_noise(self) -> None:
         self._seed = draw_seed(self.params.seed, self.spec, 0)
 
@@ -165,7 +164,7 @@ class _Noisy(nn.Module):
     def quantize(self, x: Tensor) -> Tensor:
         """Training: section 3.2. Evaluation: the nearest point, straight-through within the grid."""
         if self.training:
-            return _relaxed(x, wide(self.log_alpha), self._log_sigma(), self._draw(x))
+            return _Relaxed.apply(x, wide(self.log_alpha), self._log_sigma(), self._draw(x))
         out = fake_quantize(x, grad_scale(self.alpha.reshape(()), self.gradient_scale(x)), *self.bounds)
         return _also(out, self.log_sigma)
 
