@@ -35,6 +35,16 @@ def opset() -> Any:
     return importlib.import_module(name)
 
 
+def exact(device: str) -> dict[str, str]:
+    """Settings under which a device computes floats as torch does; integer kernels are chosen all the same.
+
+    Without the second one the CPU plugin quantizes the inputs of float matrix products with packed weights, by a rule
+    of its own.
+    """
+    cpu = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"} if device.startswith("CPU") else {}
+    return {"INFERENCE_PRECISION_HINT": "f32", **cpu}
+
+
 def version() -> tuple[int, int]:
     """Installed version as ``(year, minor)``."""
     major, minor = openvino().__version__.split(".")[:2]

@@ -92,7 +92,7 @@ class CutGraph:
         results = [*model.get_results(), *extra]
         self._model = _ov.openvino().Model(results, [*model.get_parameters(), *parameters])
         self._inputs = len(model.get_parameters())
-        self._compiled = _ov.openvino().Core().compile_model(self._model, device, {"INFERENCE_PRECISION_HINT": "f32"})
+        self._compiled = _ov.openvino().Core().compile_model(self._model, device, _ov.exact(device))
 
     def producers(self, name: str) -> list[str]:
         """Quantized layers between the quantizers before and the input of quantizer ``name``."""

@@ -50,6 +50,8 @@ def export(
     model, entries = _convert(frozen_model.eval(), inputs, dynamic_batch)
     layers = [_layer_report(e) for e in entries if not e.repeated]
     model.set_rt_info(json.dumps(_description(entries)), _RT_INFO)
+    # else the CPU plugin quantizes the inputs of float matrix products with packed weights, by rules of its own
+    model.set_rt_info("0", ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
     _save(model, path)
     size = path.with_suffix(".bin").stat().st_size
     float_bytes = size + sum(4 * r.elements - r.bytes for r in layers)
@@ -180,7 +182,8 @@ def kernels(path_or_model: Any, device: str = "CPU") -> list[Kernel]:
         info = {k: str(_ov.any_value(v)) for k, v in node.get_rt_info().items()}
         if info.get("layerType") not in _KERNEL_TYPES:
             continue
-        origin = info.get("originalLayersNames", "").split(",")
+        # a product whose input's scale moved behind it keeps only its own name
+        origin = [node.get_friendly_name(), *info.get("originalLayersNames", "").split(",")]
         for layer in layers:
             # the plugin may append its own word to a name when it moves a scale behind the operation
             if layer not in found and any(o == layer or o.startswith(f"{layer}/") for o in origin):
@@ -200,7 +203,7 @@ def execute(path: str | os.PathLike, inputs: list[Any]) -> list[Any]:
     :param inputs: numpy arrays, one per input.
     :raises ExportError: unreadable file, or inputs that the model refuses.
     """
-    compiled = _ov.openvino().Core().compile_model(read_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = _ov.openvino().Core().compile_model(read_model(path), "CPU", _ov.exact("CPU"))
     try:
         values = compiled(dict(enumerate(inputs)))
     except Exception as error:

@@ -91,7 +91,9 @@ class OpenVINOTarget(Target):
     def runner(self, path: Path) -> Runner:
         import openvino
 
-        compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        from fat_plugins.export._ov import exact
+
+        compiled = openvino.Core().compile_model(str(path), "CPU", exact("CPU"))
         return lambda images: next(iter(compiled([images]).values()))
 
     def kernels(self, path: Path) -> list[Any]:

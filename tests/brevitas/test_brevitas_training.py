@@ -72,7 +72,7 @@ def watched(monkeypatch):
 def test_coordinators_see_layers_in_order_and_are_saved(watched):
     (found,) = [m for m in watched.modules() if isinstance(m, Coordinator)]
     assert [(x.name, list(x.parameters)) for x in found.layers] == [
-        (n, [f"{n}.weight"]) for n in ("dw", "pw", "conv2")
+        ("dw", ["dw.weight"]), ("pw", ["pw.weight"]), ("conv2", ["conv2.weight", "conv2.bias"])
     ]  # fmt: skip
     assert [x.input_activation.spec.name for x in found.layers] == ["relu", "relu_1", "relu_2"]
     assert found.layers[0].weight is watched.dw.weight_quant.quantizer

@@ -532,3 +532,23 @@ def test_kernels_of_a_foreign_model(tmp_path):
     model = openvino.Model([op.result(op.relu(x))], [x])
     with pytest.raises(ExportError, match="was not written by fat-plugins"):
         kernels(model)
+
+
+def test_float_inputs_of_packed_products_are_not_quantized_behind_our_back(tmp_path):
+    """The CPU plugin would quantize them by a rule of its own; the file says that it must not."""
+    weight = FrozenWeight(*packed_linear(8, 64), name="fc")
+    net = torch.nn.Sequential(torch.nn.Linear(64, 8))
+    torch.nn.utils.parametrize.register_parametrization(net[0], "weight", weight, unsafe=True)
+    x = torch.randn(5, 64) * torch.logspace(-2, 2, 64)
+    path = tmp_path / "m.xml"
+    export(net.eval(), path, x)
+    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = torch.from_numpy(compiled([x.numpy()])[0])
+    with torch.no_grad():
+        assert (found - net(x)).abs().max() < 1e-5 * net(x).abs().max()
+
+
+def packed_linear(outputs: int, inputs: int):
+    """Codes and grid of a 4-bit weight."""
+    codes = torch.randint(-7, 8, (outputs, inputs), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    return codes, UniformGrid(4, True, True, torch.tensor([0.05]), 0)
