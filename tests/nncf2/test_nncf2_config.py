@@ -36,8 +36,11 @@ def test_every_algorithm_is_registered_once():
     register()
     for name in algorithms():
         assert PT_COMPRESSION_ALGORITHMS.get(name).__doc__ == algorithms()[name].title
-        validate({"algorithm": name})
-        validate([{"algorithm": "magnitude_sparsity"}, {"algorithm": name}])
+        widths = (algorithms()[name].weight_bits, algorithms()[name].activation_bits)
+        weights, activations = ({"bits": min(4, high)} for _, high in widths)
+        section = {"algorithm": name, "weights": weights, "activations": activations}
+        validate(section)
+        validate([{"algorithm": "magnitude_sparsity"}, section])
 
 
 def test_from_json(tmp_path):
