@@ -54,11 +54,7 @@ except ImportError as error:
 #: the QONNX export of stock weights swaps "signed" and "narrow", so that only signed narrow ones come out right
 SWAPPED_EXPORT = VERSION < (0, 10, 3)
 
-#: from 0.11 on a disabled quantizer gives a plain tensor; before, an empty QuantTensor
-PLAIN_WHEN_DISABLED = VERSION >= (0, 11)
-
 __all__ = [
-    "PLAIN_WHEN_DISABLED",
     "SWAPPED_EXPORT",
     "VERSION",
     "ActQuantProxyFromInjector",
@@ -75,7 +71,6 @@ __all__ = [
     "no_act_quant",
     "no_weight_quant",
     "ordered_arguments",
-    "reinit_on_load",
     "value",
 ]
 
@@ -83,11 +78,6 @@ __all__ = [
 def ignore_missing_keys() -> bool:
     """Whether the user lets float checkpoints into quantized models (``BREVITAS_IGNORE_MISSING_KEYS``)."""
     return bool(brevitas.config.IGNORE_MISSING_KEYS)
-
-
-def reinit_on_load() -> bool:
-    """Whether Brevitas rebuilds quantizers when a state dict is loaded."""
-    return bool(brevitas.config.REINIT_ON_STATE_DICT_LOAD)
 
 
 @contextmanager
