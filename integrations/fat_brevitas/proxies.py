@@ -19,8 +19,26 @@ def _on_meta(module: nn.Module) -> bool:
     return any(t.is_meta for t in (*module.parameters(), *module.buffers()))
 
 
-class _Exported:
-    """Registers our export handlers at the moment when an exporter looks for one; no exporter is imported for it."""
+class _Plugin:
+    """What both proxies tell Brevitas alike.
+
+    They register our export handlers at the moment when an exporter looks for one; no exporter is imported for it.
+    """
+
+    @property
+    def rounding_mode(self) -> str:
+        """To the nearest, ties to even; weights in front of an exported node are quantized already."""
+        return "ROUND"
+
+    @property
+    def is_groupwise(self) -> bool:
+        """No algorithm here has groups."""
+        return False
+
+    @property
+    def input_view_impl(self) -> nn.Module:
+        """No reshaping."""
+        return nn.Identity()
 
     @property
     def export_handler(self) -> nn.Module | None:
@@ -37,7 +55,7 @@ class _Exported:
         pass  # a handler is a module, which torch stores before it looks for setters
 
 
-class PluginWeightQuantProxy(_Exported, WeightQuantProxyFromInjector):
+class PluginWeightQuantProxy(_Plugin, WeightQuantProxyFromInjector):
     """Weight proxy around :class:`~fat_brevitas.modules.WeightTensorQuant`."""
 
     tensor_quant: WeightTensorQuant | None
@@ -71,21 +89,6 @@ class PluginWeightQuantProxy(_Exported, WeightQuantProxyFromInjector):
         """Whether the lowest code is unused; ``None`` before the first forward."""
         container = self.tensor_quant.container if self.tensor_quant is not None else None
         return None if container is None else container.narrow
-
-    @property
-    def rounding_mode(self) -> str:
-        """Of an exported node; the values in front of it are quantized already."""
-        return "ROUND"
-
-    @property
-    def is_groupwise(self) -> bool:
-        """No algorithm here has groups."""
-        return False
-
-    @property
-    def input_view_impl(self) -> nn.Module:
-        """No reshaping."""
-        return nn.Identity()
 
     @property
     def quantizer(self) -> WeightQuantizer | None:
@@ -144,7 +147,7 @@ class _Fused(nn.Module):
         return self.tensor_quant(self.activation_impl(x))
 
 
-class PluginActQuantProxy(_Exported, ActQuantProxyFromInjector):
+class PluginActQuantProxy(_Plugin, ActQuantProxyFromInjector):
     """Activation proxy around :class:`~fat_brevitas.modules.ActTensorQuant`."""
 
     @property
@@ -161,21 +164,6 @@ class PluginActQuantProxy(_Exported, ActQuantProxyFromInjector):
         """Whether the end of the plain integer range is unused."""
         form = self.form()
         return None if form is None else getattr(form, "narrow", False)
-
-    @property
-    def rounding_mode(self) -> str:
-        """To the nearest, ties to even."""
-        return "ROUND"
-
-    @property
-    def is_groupwise(self) -> bool:
-        """No algorithm here has groups."""
-        return False
-
-    @property
-    def input_view_impl(self) -> nn.Module:
-        """No reshaping."""
-        return nn.Identity()
 
     @property
     def act_tensor_quant(self) -> ActTensorQuant | None:
