@@ -81,3 +81,10 @@ def quantizers(net: nn.Module) -> dict[str, nn.Module]:
     from fat_plugins import named_quantizers
 
     return dict(named_quantizers(net))
+
+
+def without_scale(quantized) -> torch.Tensor | None:
+    """Values of a quantized tensor for which Brevitas has no scale (a plain tensor, an empty one up to 0.10)."""
+    if type(quantized) is torch.Tensor:
+        return quantized
+    return quantized.value if quantized.scale is None else None

@@ -103,6 +103,8 @@ def test_targets_run_what_was_trained(bits, params, target, tmp_path):
 def test_there_is_no_float_weight_to_begin_with_or_to_prune():
     weight = fat_brevitas.weight_quant("direct", bit_width=2, quant_delay_steps=10)
     with pytest.raises(ConfigError, match="quant_delay_steps: 'direct' has no float weight to begin with"):
-        layers.layer_class("direct", "Linear")(4, 4, weight_quant=weight)
+        layers.layer_class("direct", "Linear")(4, 4, bias=True, weight_quant=weight)
     with pytest.raises(QuantizationError, match="the grid has no zero, so sparsity cannot be kept"):
-        layers.layer_class("direct", "Linear")(4, 4, weight_quant=fat_brevitas.weight_quant("direct", keep_zeros=True))
+        layers.layer_class("direct", "Linear")(
+            4, 4, bias=True, weight_quant=fat_brevitas.weight_quant("direct", keep_zeros=True)
+        )
