@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def main(
     task: Annotated[list[str] | None, typer.Option(help="digits or shapes; default: both.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="Default: all.")] = None,
-    bits: Annotated[list[int] | None, typer.Option(help="Width of weights and activations; default: 4, 3, 2, 1.")] = None,
+    bits: Annotated[list[int] | None, typer.Option(help="Width of both; default: 4, 3, 2, 1.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Default: 0, 1, 2.")] = None,
     results: Annotated[Path, typer.Option(help="Where the cells are kept.")] = ROOT / "benchmarks" / "results",
     render: Annotated[bool, typer.Option("--render", help="Run nothing, write the page.")] = False,
