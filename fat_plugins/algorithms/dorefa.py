@@ -66,6 +66,7 @@ class _Sign(torch.autograd.Function):
 class DoReFaWeight(WeightQuantizer):
     """Section 3: odd multiples of ``1 / (2^b - 1)``; one bit: ``sign(w) E|w|``. Nothing is learned."""
 
+    has_zero = False
     params: DoReFaParams
 
     def __init__(self, spec: TensorSpec, params: DoReFaParams) -> None:

@@ -43,7 +43,7 @@ if not hasattr(torch.fx.Node, "_Node__update_args_kwargs"):
 
 try:
     import brevitas.config
-    from brevitas.inject import ExtendedInjector, value
+    from brevitas.inject import ExtendedInjector
     from brevitas.inject.enum import QuantType
     from brevitas.proxy.parameter_quant import WeightQuantProxyFromInjector
     from brevitas.proxy.runtime_quant import ActQuantProxyFromInjector
@@ -71,7 +71,6 @@ __all__ = [
     "no_act_quant",
     "no_weight_quant",
     "ordered_arguments",
-    "value",
 ]
 
 
