@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import torch
 import torch.nn.functional as F
-from frozen_nets import Layer, activation_grid, codebook, powers, staircase, weight_grid
+from frozen_nets import Layer, Single, activation_grid, build, codebook, powers, staircase, weight_grid
 from torch import nn
 
 from fat_plugins.export._onnx_file import KEY
@@ -16,6 +16,24 @@ from fat_plugins.forms import Codebook, SumOfGrids, UniformGrid
 from fat_plugins.frozen import FrozenActivation, FrozenWeight
 
 BIPOLAR = torch.tensor([-1, 1])
+#: layers by name: channels in and out, and how they are made
+KINDS = {
+    "conv": (3, 4, {}),
+    "depthwise": (4, 8, {"groups": 4}),
+    "grouped": (4, 6, {"groups": 2}),
+    "point": (3, 4, {"kernel": 1}),
+    "transposed": (4, 6, {"kind": "transposed", "stride": 2, "groups": 2}),
+    "linear": (6, 4, {"kind": "linear"}),
+}
+
+
+def layers(kind, per_channel):
+    """Bits, a frozen layer and an input, at 2, 4 and 8 bits."""
+    inputs, outputs, how = KINDS[kind]
+    x = torch.randn(2, inputs) if kind == "linear" else torch.randn(2, inputs, 5, 5)
+    for bits in (2, 4, 8):
+        model = build(Single, "layer", inputs, outputs, bits=bits, per_channel=per_channel, norm=bits == 4, **how)
+        yield bits, model, x
 
 
 def two_bases(axis=0, per_channel=True):

@@ -56,23 +56,10 @@ def test_net(bits, tmp_path):
     assert os.listdir(tmp_path) == ["m.onnx"]
 
 
-KINDS = {
-    "conv": (3, 4, {}),
-    "depthwise": (4, 8, {"groups": 4}),
-    "grouped": (4, 6, {"groups": 2}),
-    "point": (3, 4, {"kernel": 1}),
-    "transposed": (4, 6, {"kind": "transposed", "stride": 2, "groups": 2}),
-    "linear": (6, 4, {"kind": "linear"}),
-}
-
-
 @pytest.mark.parametrize("per_channel", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", cases.KINDS)
 def test_layers(kind, per_channel, tmp_path):
-    inputs, outputs, how = KINDS[kind]
-    x = torch.randn(2, inputs) if kind == "linear" else torch.randn(2, inputs, 5, 5)
-    for bits in (2, 4, 8):
-        model = build(Single, "layer", inputs, outputs, bits=bits, per_channel=per_channel, norm=bits == 4, **how)
+    for _, model, x in cases.layers(kind, per_channel):
         cases.exact(onnx, model, tmp_path / "m.onnx", x)
 
 

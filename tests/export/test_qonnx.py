@@ -85,23 +85,10 @@ def test_activations_follow_the_rules_of_finn(tmp_path):
     assert behind_relu == 2  # others stand behind an addition, a pool, a mean
 
 
-KINDS = {
-    "conv": (3, 4, {}),
-    "depthwise": (4, 8, {"groups": 4}),
-    "grouped": (4, 6, {"groups": 2}),
-    "point": (3, 4, {"kernel": 1}),
-    "transposed": (4, 6, {"kind": "transposed", "stride": 2, "groups": 2}),
-    "linear": (6, 4, {"kind": "linear"}),
-}
-
-
 @pytest.mark.parametrize("per_channel", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", cases.KINDS)
 def test_layers(kind, per_channel, tmp_path):
-    inputs, outputs, how = KINDS[kind]
-    x = torch.randn(2, inputs) if kind == "linear" else torch.randn(2, inputs, 5, 5)
-    for bits in (2, 4, 8):
-        model = build(Single, "layer", inputs, outputs, bits=bits, per_channel=per_channel, norm=bits == 4, **how)
+    for bits, model, x in cases.layers(kind, per_channel):
         cases.exact(qonnx, model, tmp_path / "m.onnx", x)
         assert datatypes(tmp_path / "m.onnx") == {f"INT{bits}": 1}
         assert set(cases.operations(tmp_path / "m.onnx")) <= STANDARD | {"Quant"}
