@@ -13,7 +13,7 @@ from fat_plugins.errors import HostError
 from fat_plugins.recipes.deploy import Deployment, LayerRow
 from fat_plugins.recipes.report import RunReport, VariantResult
 
-COMMANDS = ("algorithms", "train", "export", "verify", "demo")
+COMMANDS = ("algorithms", "train", "export", "verify", "demo", "convert")
 
 
 def call(*args):
