@@ -10,33 +10,44 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fat_plugins.errors import ConfigError
 from fat_plugins.quantizer import Params
+from fat_plugins.recipes.order import epoch_batches, epoch_generator, steps_per_epoch
 
 
-class RandomShift:
-    """Collates a batch of ``(image, label)`` and moves each image by up to ``pixels`` in both directions.
+class ShiftedImages(Dataset):
+    """Training images, each moved by up to ``pixels`` in both directions, a whole batch at a time.
 
-    The space that opens is filled with ``fill``. Offsets come from ``generator`` only.
+    The space that opens is filled with ``fill``. Offsets of all images are drawn at once, so that they do not depend on
+    which images are asked for.
+
+    :param images, labels: N x C x H x W and N.
     """
 
-    def __init__(self, pixels: int, fill: float, generator: torch.Generator) -> None:
-        self.pixels, self.fill, self.generator = pixels, fill, generator
+    def __init__(self, images: Tensor, labels: Tensor, pixels: int, fill: float, generator: torch.Generator) -> None:
+        self.images, self.labels, self.pixels, self.fill = images, labels, pixels, fill
+        self.offsets = torch.randint(0, 2 * pixels + 1, (2, len(images)), generator=generator)
 
-    def __call__(self, batch: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        images, labels = default_collate(batch)
-        p = self.pixels
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        images, labels, p = self.images[indices], self.labels[indices], self.pixels
         if p == 0:
             return images, labels
         n, _, height, width = images.shape
         padded = torch.nn.functional.pad(images, (p, p, p, p), value=self.fill)
-        dy, dx = torch.randint(0, 2 * p + 1, (2, n), generator=self.generator)
+        dy, dx = self.offsets[:, indices]
         rows = dy[:, None] + torch.arange(height)
         columns = dx[:, None] + torch.arange(width)
         index = torch.arange(n)[:, None, None]
         return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous(), labels
+
+
+def _as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return batch
 
 
 @dataclass(frozen=True)
@@ -67,17 +78,25 @@ class Data:
         """One training image as a batch, 1 x C x H x W."""
         return self.train.tensors[0][:1]
 
-    def training_loader(self, batch_size: int, seed: int) -> DataLoader:
-        """Shuffled and shifted; the order depends on ``seed`` only. An incomplete last batch is left out."""
-        generator = torch.Generator().manual_seed(seed)
-        return DataLoader(
-            self.train,
-            batch_size,
-            shuffle=True,
-            drop_last=len(self.train) >= batch_size,
-            generator=generator,
-            collate_fn=RandomShift(self.shift, self.fill, generator),
-        )
+    def training_steps(self, batch_size: int, world: int = 1) -> int:
+        """Optimizer steps per epoch, see :func:`fat_plugins.recipes.order.steps_per_epoch`."""
+        return steps_per_epoch(len(self.train), batch_size, world)
+
+    def training_loader(
+        self, batch_size: int, seed: int, *, epoch: int = 0, start: int = 0, rank: int = 0, world: int = 1
+    ) -> DataLoader:
+        """One epoch, shuffled and shifted. Order and shifts depend on ``seed`` and ``epoch`` only.
+
+        :param batch_size: images per step and process.
+        :param start: step to begin with, when a training goes on in the middle of an epoch.
+        :param rank, world: this process and how many there are; each gets its part of every batch.
+        """
+        generator = epoch_generator(seed, epoch)
+        order = torch.randperm(len(self.train), generator=generator)
+        images = ShiftedImages(*self.train.tensors, self.shift, self.fill, generator)
+        batches = epoch_batches(order, batch_size, start=start, rank=rank, world=world)
+        # a generator of its own: making an iterator must not draw from torch's global one
+        return DataLoader(images, batch_sampler=batches, collate_fn=_as_it_is, generator=generator)
 
     def calibration_loader(self, batch_size: int) -> DataLoader:
         """Training images as they are, in a fixed order that mixes the classes."""
