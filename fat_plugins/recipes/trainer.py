@@ -26,7 +26,7 @@ from fat_plugins.quantizer import param_groups
 from fat_plugins.recipes.checkpoint import cpu_state, load_state
 from fat_plugins.recipes.data import Data
 from fat_plugins.recipes.interrupt import Interrupted, Interrupts
-from fat_plugins.recipes.parts import Part
+from fat_plugins.recipes.hooks import Part
 from fat_plugins.recipes.progress import Phase, Reporter
 from fat_plugins.recipes.schema import OptimizerSection, ScheduleSection, TrainSection
 from fat_plugins.recipes.state import random_state, seed_everything, set_random_state
@@ -177,7 +177,8 @@ class Trainer:
         self.world, self.saving = world or World(), saving
         self.reporter, self.interrupts = reporter or Reporter(quiet=True), interrupts or Interrupts()
         self.device = device_of(model)
-        self.steps = data.training_steps(batch_size, self.world.size)
+        self._loader = data.training_loader(batch_size, seed, rank=self.world.rank, world=self.world.size)
+        self.steps = len(self._loader)
         self.total_steps = section.epochs * self.steps
         if max_steps is not None:
             self.total_steps = min(self.total_steps, max_steps)
@@ -313,14 +314,10 @@ class Trainer:
             self.model.train()
             if self.controller is not None and self.step == 0:
                 self.controller.scheduler.epoch_step()
-            batches = self.data.training_loader(
-                self.batch_size, self.seed, epoch=self.epoch, start=self.step, rank=self.world.rank,
-                world=self.world.size,
-            )  # fmt: skip
-            batches = iter(batches)
-            if self._random is not None:  # not before the iterator, which may draw from them
+            if self._random is not None:
                 set_random_state(self._random)
                 self._random = None
+            batches = iter(self._loader.begin(self.epoch, self.step))
             for images, labels in islice(batches, until - self.step):
                 self._one_step(images.to(self.device), labels.to(self.device))
                 self.step += 1
