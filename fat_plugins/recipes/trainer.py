@@ -25,8 +25,8 @@ from fat_plugins.norms import has_noise, reestimate_batch_norms
 from fat_plugins.quantizer import param_groups
 from fat_plugins.recipes.checkpoint import cpu_state, load_state
 from fat_plugins.recipes.data import Data
-from fat_plugins.recipes.interrupt import Interrupted, Interrupts
 from fat_plugins.recipes.hooks import Part
+from fat_plugins.recipes.interrupt import Interrupted, Interrupts
 from fat_plugins.recipes.progress import Phase, Reporter
 from fat_plugins.recipes.schema import OptimizerSection, ScheduleSection, TrainSection
 from fat_plugins.recipes.state import random_state, seed_everything, set_random_state
