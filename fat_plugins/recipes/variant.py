@@ -75,6 +75,7 @@ class Context:
         def write(state: dict[str, Any]) -> None:
             self.state.save(self.seed, name, {**describe(), "trainer": state})
 
+        self.reporter.about = {"variant": name, "seed": self.seed}
         return Trainer(
             model,
             self.data,
@@ -133,6 +134,7 @@ class Variant:
         trainer = context.trainer(
             model, recipe.phase(stage), self.name, title, describe, controller=controller, parts=[keeper]
         )
+        context.reporter.about["stage"] = number
         if saved is not None:
             trainer.load_state_dict(saved["trainer"], str(context.state.path))
         records = trainer.run()
