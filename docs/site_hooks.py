@@ -6,11 +6,14 @@ A fenced block ``math`` holds LaTeX. GitHub renders the same blocks.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
 
+#: pages that programs write (a benchmark, for one), and that a checkout need not have
+GENERATED = ("method_comparison.md", "recipes.md", "report.md", "training.md")
 #: what the converter leaves of LaTeX that it does not know
 _LEFT_OVER = re.compile(r"<m\w+>(&|\\\\\w*)</m\w+>")
 _REMOTE = re.compile(
@@ -33,8 +36,22 @@ def on_post_page(output: str, page: Any, **_: Any) -> str:
     return output
 
 
+def _without_absent(nav: list[dict[str, Any]], docs: Path) -> list[dict[str, Any]]:
+    kept = []
+    for entry in nav:
+        ((title, target),) = entry.items()
+        if isinstance(target, list):
+            target = _without_absent(target, docs)
+        elif target in GENERATED and not (docs / target).exists():
+            continue
+        if target:
+            kept.append({title: target})
+    return kept
+
+
 def on_config(config: Any) -> Any:
-    """Give the formatter to superfences; a YAML file could only name an installed module."""
+    """Give the formatter to superfences, which a YAML file could not; leave out pages that were not generated."""
+    config["nav"] = _without_absent(config["nav"], Path(config["docs_dir"]))
     settings = config["mdx_configs"].setdefault("pymdownx.superfences", {})
     settings["custom_fences"] = [{"name": "math", "class": "formula", "format": formula}]
     return config

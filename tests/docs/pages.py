@@ -9,6 +9,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 FENCE = re.compile(r"^(?:<!-- (?P<mark>[^>]*) -->\n)?```(?P<lang>\w+)\n(?P<code>.*?)^```", re.M | re.S)
+#: start of the comment in front of a block that is a file
+FILE = "file: "
 
 
 def name(page: Path) -> str:

@@ -9,26 +9,16 @@ generation, ``<!-- file: NAME -->`` for a file that the reader creates, ``<!-- p
 import json
 import os
 import shlex
-import sys
-from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 import typer
 import yaml
-from pages import DOCS, ROOT, blocks, name, with_blocks
+from pages import DOCS, FILE, ROOT, blocks, name, with_blocks
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # the tests run on 3.11; this keeps the module importable
-    tomllib = pytest.importorskip("tomli")
-
-from fat_plugins import registry
 from fat_plugins.cli import app
 from fat_plugins.config import CompressionConfig, is_plugin_section, split_sections
 from fat_plugins.convert import convert
-
-FILE = "file: "
 
 
 def missing_host(code: str, hosts: set[str]) -> str | None:
@@ -36,32 +26,6 @@ def missing_host(code: str, hosts: set[str]) -> str | None:
     if "brevitas" in code and "brevitas" not in hosts:
         return "Brevitas"
     return "NNCF" if "nncf" in code and not hosts & {"nncf2", "nncf3"} else None
-
-
-@pytest.fixture
-def files_of(tmp_path, monkeypatch):
-    """Creates the files that a page shows; algorithms that their entry points name are installed for one test."""
-    before = set(sys.modules)
-
-    def create(page: Path) -> None:
-        found = [m for m in blocks(page, "python", "toml") if (m["mark"] or "").startswith(FILE)]
-        points = list(registry.entry_points(group=registry.GROUP))
-        for m in found:
-            (tmp_path / m["mark"].removeprefix(FILE)).write_text(m["code"])
-            if m["lang"] == "toml":
-                declared = tomllib.loads(m["code"]).get("project", {}).get("entry-points", {}).get(registry.GROUP, {})
-                points += [EntryPoint(n, value, registry.GROUP) for n, value in declared.items()]
-        if found:
-            monkeypatch.syspath_prepend(tmp_path)
-            monkeypatch.setattr(registry, "entry_points", lambda group: points)
-            registry.refresh()
-
-    yield create
-    monkeypatch.undo()
-    registry.refresh()
-    for module in set(sys.modules) - before:
-        if str(tmp_path) in (getattr(sys.modules[module], "__file__", None) or ""):
-            del sys.modules[module]
 
 
 @pytest.mark.parametrize("page", with_blocks("python"), ids=name)
@@ -158,5 +122,6 @@ def test_commands_and_their_options_exist(page):
             from fat_plugins.recipes import load_recipe
 
             recipe = context.params["recipe"]
-            if not recipe.startswith("my_"):  # the reader's own
+            assert (recipe is None) == ("--resume" in words), f"{page.name}: a recipe, or --resume"
+            if recipe is not None and not recipe.startswith("my_"):  # the reader's own
                 load_recipe(str(ROOT / recipe) if recipe.startswith("recipes/") else recipe)
