@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,6 +17,14 @@ FILE = "file: "
 def name(page: Path) -> str:
     """Path of a page as test ids show it."""
     return str(page.relative_to(ROOT))
+
+
+def generation(package: str) -> int | None:
+    """Major version of an installed package."""
+    try:
+        return int(version(package).split(".")[0])
+    except PackageNotFoundError:
+        return None
 
 
 def blocks(page: Path, *langs: str) -> list[re.Match[str]]:

@@ -1,12 +1,11 @@
 """The package that "Writing an algorithm" shows works on hosts, and is exported exactly."""
 
 import json
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
-from pages import DOCS, blocks
+from pages import DOCS, blocks, generation
 
 from fat_plugins import TensorSpec, get_algorithm
 from fat_plugins.quantizer import named_quantizers
@@ -62,7 +61,7 @@ def ternary_layers(model):
     return kinds.count("TernaryWeight")
 
 
-@pytest.mark.skipif(not find_spec("nncf") or bool(find_spec("nncf.config")), reason="needs NNCF 3")
+@pytest.mark.skipif(generation("nncf") != 3, reason="needs NNCF 3")
 def test_nncf_to_openvino(ternary, net, tmp_path):
     import fat_nncf
 
@@ -76,7 +75,7 @@ def test_nncf_to_openvino(ternary, net, tmp_path):
     assert fat_nncf.verify_openvino(model, tmp_path / "model.xml", batches()[0]).ok
 
 
-@pytest.mark.skipif(not find_spec("brevitas"), reason="needs Brevitas")
+@pytest.mark.skipif(generation("brevitas") is None, reason="needs Brevitas")
 def test_brevitas_to_qonnx(ternary, net, tmp_path):
     import fat_brevitas
 
