@@ -264,6 +264,26 @@ def verify(
         raise typer.Exit(FAILED)
 
 
+def _load(run: Path, checkpoint: str | None, format: str | None, path: Path | None) -> tuple[Any, list[Any]]:
+    """The trained model of a run and the targets that a command means, all of them installed."""
+    from fat_plugins.recipes import load_run, run_recipe
+    from fat_plugins.recipes.schema import ExportSection
+    from fat_plugins.recipes.targets import choose
+
+    which = _which(checkpoint)
+    settings = run_recipe(run, which).export or ExportSection()
+    targets = choose(settings.format, format, path)
+    for target in targets:  # before the model is rebuilt, which takes its time
+        target.require()
+    return load_run(run, which), targets
+
+
+def _which(checkpoint: str | None) -> str | None:
+    if checkpoint not in (None, "last", "best"):
+        raise ConfigError(f"--checkpoint: unknown checkpoint {checkpoint!r}; allowed: last, best")
+    return checkpoint
+
+
 @app.command()
 @_one_line_errors
 def convert(
@@ -299,26 +319,6 @@ def convert(
         typer.echo(result.to_text(), err=output is None)
         if output is None:  # the config alone on standard output, for a pipe
             typer.echo(text)
-
-
-def _load(run: Path, checkpoint: str | None, format: str | None, path: Path | None) -> tuple[Any, list[Any]]:
-    """The trained model of a run and the targets that a command means, all of them installed."""
-    from fat_plugins.recipes import load_run, run_recipe
-    from fat_plugins.recipes.schema import ExportSection
-    from fat_plugins.recipes.targets import choose
-
-    which = _which(checkpoint)
-    settings = run_recipe(run, which).export or ExportSection()
-    targets = choose(settings.format, format, path)
-    for target in targets:  # before the model is rebuilt, which takes its time
-        target.require()
-    return load_run(run, which), targets
-
-
-def _which(checkpoint: str | None) -> str | None:
-    if checkpoint not in (None, "last", "best"):
-        raise ConfigError(f"--checkpoint: unknown checkpoint {checkpoint!r}; allowed: last, best")
-    return checkpoint
 
 
 def main() -> None:
