@@ -191,8 +191,8 @@ def _ste(g: Tensor, x: Tensor, k: Tensor, alpha: Tensor, low: int, high: int):
 def _full(g: Tensor, x: Tensor, alpha: Tensor, rho: Tensor, low: int, high: int, truncated: bool):
     """Without masks, through all points: gradients by x, log alpha and log sigma, element by element.
 
-    The mean of k telescopes: with ``F`` at the cells' ends, ``sum_k k (F(k + 1/2) - F(k - 1/2))`` is the highest k times
-    the grid's mass less a sum of ``F``. Written for the upper half of the grid, where ``F`` is small and its
+    The mean of k telescopes: with ``F`` at the cells' ends, ``sum_k k (F(k + 1/2) - F(k - 1/2))`` is the highest k
+    times the grid's mass less a sum of ``F``. Written for the upper half of the grid, where ``F`` is small and its
     differences do not cancel; the lower half is its mirror image.
     """
     r = position(x, alpha, rho, low, high)
