@@ -53,12 +53,12 @@ def resumed(recipe, directory, moment, **options):
     return train(recipe, directory, options=Options(resume=True, **options))
 
 
-def test_every_other_moment(load, tmp_path):
+def test_every_third_moment(load, tmp_path):
     recipe = load(SMALL)
     with cut_at(None) as moments:
         whole = train(recipe, tmp_path / "whole")
     assert {"step", "file"} == set(moments)
-    for moment in range(1, len(moments), 2):  # before recipe.yaml there is no run
+    for moment in range(1, len(moments), 3):  # before recipe.yaml there is no run
         report = resumed(recipe, tmp_path / f"cut{moment}", moment)
         assert_same_run(tmp_path / "whole", tmp_path / f"cut{moment}")
         assert report.to_dict() == whole.to_dict()
@@ -133,7 +133,7 @@ def test_finished_parts_are_not_done_again(load, tmp_path, toy_host):
         ("lr: 0.01", "lr: 0.02", r"training.optimizer.lr is 0.02, the run in .* was started with 0.01"),
         ("seeds: [3]", "seeds: [3, 4]", r"seeds is \[3, 4\], the run in .* was started with \[3\]"),
         ("weights: {bits: 4}", "weights: {bits: 3}", r"compression.compression.weights.bits is 3,"),
-        ("lsq, ", "lsq, activations: {bits: 4}, ", r"compression.compression.activations is .* was started with nothing"),
+        ("lsq, ", "lsq, activations: {bits: 4}, ", "activations is .* was started with nothing"),
     ],
 )  # fmt: skip
 def test_changed_recipe_names_the_first_key(load, tmp_path, old, new, message):
@@ -189,7 +189,7 @@ def test_damaged_results_are_one_line(load, tmp_path):
     with pytest.raises(Killed), cut_at(4):
         train(load(SMALL), tmp_path / "run")
     (tmp_path / "run" / "state" / "run.json").write_text("{")
-    with pytest.raises(CheckpointError, match="run.json: not readable"):
+    with pytest.raises(CheckpointError, match=r"run\.json: not readable"):
         train(load(SMALL), tmp_path / "run", options=Options(resume=True))
 
 
