@@ -30,7 +30,7 @@ training:
 export: null
 """
 )
-TIMEOUT = 120
+TIMEOUT = 300
 
 
 @pytest.fixture
