@@ -83,14 +83,18 @@ class Algorithm:
         """A weight quantizer for ``spec``."""
         params = params if isinstance(params, Params) else cls.parse_params(params)
         cls.check(spec, params)
-        return cls.weight_quantizer(spec, params)
+        quantizer = cls.weight_quantizer(spec, params)
+        quantizer.algorithm = cls.name
+        return quantizer
 
     @classmethod
     def make_activation(cls, spec: TensorSpec, params: Params | dict | None = None) -> ActivationQuantizer:
         """An activation quantizer for ``spec``."""
         params = params if isinstance(params, Params) else cls.parse_params(params)
         cls.check(spec, params)
-        return cls.activation_quantizer(spec, params)
+        quantizer = cls.activation_quantizer(spec, params)
+        quantizer.algorithm = cls.name
+        return quantizer
 
     @classmethod
     def make(cls, spec: TensorSpec, params: Params | dict | None = None) -> WeightQuantizer | ActivationQuantizer:
