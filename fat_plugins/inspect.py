@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fat_plugins.errors import QuantizationError
 from fat_plugins.forms import Form, form_kind
 from fat_plugins.frozen import FrozenActivation, FrozenWeight
-from fat_plugins.measure import code_count, cosine, error_of, packed_bytes, scale_text
+from fat_plugins.measure import code_count, cosine, error_of, packed_bytes, scale_text, sqnr_text
 from fat_plugins.placed import float_weights
 from fat_plugins.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer, named_quantizers
 
@@ -148,7 +148,7 @@ def _summary_cells(row: LayerSummary) -> list[str]:
         "-" if low is None else f"{low} .. {high}",
         "-" if row.codes_used is None else f"{row.codes_used} of {row.codes}",
         "-" if row.bytes is None else f"{row.bytes:,}",
-        "-" if row.sqnr_db is None else f"{row.sqnr_db:.1f}",
+        sqnr_text(row.sqnr_db),
     ]
 
 
@@ -223,14 +223,18 @@ def _form_facts(form: Form | None, codes: Tensor | None) -> dict[str, Any]:
 class LayerDifference:
     """One layer of two models; the first is the reference. ``None``: not known, or the reference is all zero.
 
-    :param sqnr_db: of the outputs, in dB.
-    :param cosine: of the outputs; a scale that a batch norm takes out again does not count.
-    :param largest: largest difference of the outputs.
-    :param weight_sqnr_db: of the weights as they are used, after the best single factor ``weight_gain``.
+    Some algorithms scale a layer that a batch norm follows, which takes it out again. So outputs and weights of layers
+    are compared after the one factor (gain) on the second model's that makes the difference smallest.
+
+    :param sqnr_db, gain: of the outputs, in dB, and their factor; the output of the model has none.
+    :param cosine: of the outputs.
+    :param largest: largest difference of the outputs, behind the factor.
+    :param weight_sqnr_db, weight_gain: of the weights as they are used.
     """
 
     name: str
     sqnr_db: float | None
+    gain: float | None
     cosine: float | None
     largest: float
     weight_sqnr_db: float | None = None
@@ -260,7 +264,7 @@ class Comparison(_Shown):
         return f"{self.models[0]} against {self.models[1]}" + (f"; {left} layers in one of them only" if left else "")
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
-        header = ["layer", "output SQNR dB", "cosine", "largest difference", "weight SQNR dB", "weight gain"]
+        header = ["layer", "output SQNR dB", "gain", "cosine", "largest difference", "weight SQNR dB", "weight gain"]
 
         def text(value: float | None, form: str) -> str:
             return "-" if value is None else format(value, form)
@@ -268,10 +272,11 @@ class Comparison(_Shown):
         return header, [
             [
                 row.name,
-                text(row.sqnr_db, ".1f"),
+                sqnr_text(row.sqnr_db),
+                text(row.gain, ".3g"),
                 text(row.cosine, ".4f"),
                 text(row.largest, ".3g"),
-                text(row.weight_sqnr_db, ".1f"),
+                sqnr_text(row.weight_sqnr_db),
                 text(row.weight_gain, ".3g"),
             ]
             for row in [*self.layers, self.output]
@@ -306,7 +311,7 @@ def compare(model_a: nn.Module, model_b: nn.Module, example: Any) -> Comparison:
     return Comparison(
         (type(model_a).__name__, type(model_b).__name__),
         rows,
-        _difference("(output)", whole_a, whole_b),
+        _difference("(output)", whole_a, whole_b, fit=False),
         ([n for n in layers_a if n not in layers_b], [n for n in layers_b if n not in layers_a]),
     )
 
@@ -400,19 +405,26 @@ def _weights(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, Tensor
 
 
 def _difference(
-    name: str, a: Tensor, b: Tensor, weight_a: Tensor | None = None, weight_b: Tensor | None = None
+    name: str,
+    a: Tensor,
+    b: Tensor,
+    weight_a: Tensor | None = None,
+    weight_b: Tensor | None = None,
+    *,
+    fit: bool = True,
 ) -> LayerDifference:
     if a.shape != b.shape:
         raise QuantizationError(f"{name}: the outputs have {a.numel()} and {b.numel()} elements: give equal models")
     b = b.to(a.device)
-    error, weight = error_of(a, b), None
+    error, weight = error_of(a, b, fit=fit), None
     if weight_a is not None and weight_b is not None and weight_a.shape == weight_b.shape:
         weight = error_of(weight_a, weight_b, fit=True)
     return LayerDifference(
         name,
         error.sqnr_db if error else None,
+        error.gain if error and fit else None,
         cosine(a, b),
-        float((a - b).abs().max()) if a.numel() else 0.0,
+        float((a - (error.gain if error else 1.0) * b).abs().max()) if a.numel() else 0.0,
         weight.sqnr_db if weight else None,
         weight.gain if weight else None,
     )

@@ -68,10 +68,15 @@ def code_count(form: Form) -> int:
     return form.levels.numel()
 
 
+def sqnr_text(value: float | None) -> str:
+    """``23.4``, ``equal`` where there is no noise."""
+    return "-" if value is None else "equal" if value >= LOSSLESS else f"{value:.1f}"
+
+
 def scale_text(scale: Tensor) -> str:
     """``0.0123``, or the range of several: ``0.01 to 0.03``."""
     low, high = float(scale.min()), float(scale.max())
     return f"{low:.3g}" if scale.numel() == 1 or low == high else f"{low:.3g} to {high:.3g}"
 
 
-__all__ = ["Error", "code_count", "cosine", "error_of", "packed_bytes", "scale_text"]
+__all__ = ["Error", "code_count", "cosine", "error_of", "packed_bytes", "scale_text", "sqnr_text"]

@@ -6,6 +6,7 @@ core imports none. Quantizers that stand as parametrizations of torch are found 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -48,8 +49,8 @@ register_finder("torch", _parametrized)
 def float_weights(model: nn.Module) -> dict[WeightQuantizer, Tensor]:
     """Weight quantizers of ``model`` with the float weight that reaches each, without gradient.
 
-    The weight of a quantizer that owns it (:attr:`WeightQuantizer.owns_weight`) is whatever the host keeps in its place.
-    A quantizer whose weight no host knows is left out.
+    The weight of a quantizer that owns it (:attr:`WeightQuantizer.owns_weight`) is whatever the host keeps in its
+    place. A quantizer whose weight no host knows is left out.
     """
     found: dict[WeightQuantizer, Tensor] = {}
     for find in _finders.values():
@@ -68,8 +69,7 @@ def monitor(model: nn.Module) -> dict[str, dict[str, float]]:
     out: dict[str, dict[str, float]] = {}
     for name, part, weight in parts(model):
         numbers = part.monitor() if isinstance(part, Coordinator) else part.monitor(weight)
-        if numbers:
-            out[name] = numbers
+        out[name] = {key: value for key, value in numbers.items() if math.isfinite(value)}
     return out
 
 
