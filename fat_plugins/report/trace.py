@@ -18,8 +18,8 @@ from torch.utils.flop_counter import flop_registry
 _PRODUCTS = {"convolution": 0, "_convolution": 0, "mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
 #: operators whose result holds nothing but values of their input
 _MOVERS = frozenset(
-    "view _unsafe_view reshape permute transpose t flatten squeeze unsqueeze expand slice select split chunk unbind cat "
-    "stack clone contiguous detach alias relu relu_ hardtanh clamp clamp_min max_pool2d max_pool2d_with_indices "
+    "view _unsafe_view reshape permute transpose t flatten squeeze unsqueeze expand slice select split chunk unbind "
+    "cat stack clone contiguous detach alias relu relu_ hardtanh clamp clamp_min max_pool2d max_pool2d_with_indices "
     "max_pool3d_with_indices upsample_nearest2d pixel_shuffle channel_shuffle constant_pad_nd _to_copy to dropout "
     "native_dropout index index_select repeat roll as_strided lift_fresh view_as split_with_sizes".split()
 )
