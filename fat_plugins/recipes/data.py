@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,33 +10,82 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 from fat_plugins.errors import ConfigError
 from fat_plugins.quantizer import Params
 
 
-class RandomShift:
-    """Collates a batch of ``(image, label)`` and moves each image by up to ``pixels`` in both directions.
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """Keys ``(epoch, index)`` of the images of every step: a shuffled pass that depends on seed and epoch only.
 
-    The space that opens is filled with ``fill``. Offsets come from ``generator`` only.
+    :param batch_size: images per step of one process. ``world`` processes see the same images per step as one process
+        with ``world`` times that batch size.
+    :ivar epoch, skip: what the next pass is, and the step that it begins with.
     """
 
-    def __init__(self, pixels: int, fill: float, generator: torch.Generator) -> None:
-        self.pixels, self.fill, self.generator = pixels, fill, generator
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int, world: int) -> None:
+        self.length, self.batch_size, self.seed, self.rank, self.world = length, batch_size, seed, rank, world
+        self.epoch = self.skip = 0
 
-    def __call__(self, batch: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        images, labels = default_collate(batch)
-        p = self.pixels
+    def __len__(self) -> int:
+        return max(1, self.length // (self.batch_size * self.world))
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = torch.randperm(self.length, generator=epoch_generator(self.seed, self.epoch)).tolist()
+        share = min(self.batch_size, -(-self.length // self.world))  # of the one step of a small set
+        for step in range(self.skip, len(self)):
+            start = (step * self.world + self.rank) * share
+            yield [(self.epoch, i) for i in order[start : start + share]]
+
+
+def epoch_generator(*numbers: int) -> torch.Generator:
+    """Random numbers that depend on these numbers only."""
+    seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed) % 2**63)
+
+
+class ShiftedImages(Dataset):
+    """Training images by key ``(epoch, index)``, each moved by up to ``pixels`` in both directions.
+
+    The space that opens is filled with ``fill``. Offsets depend on seed, epoch and index only.
+
+    :param images, labels: N x C x H x W and N.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, pixels: int, fill: float, seed: int) -> None:
+        self.images, self.labels, self.pixels, self.fill, self.seed = images, labels, pixels, fill, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        p, epoch = self.pixels, keys[0][0]
+        index = torch.tensor([i for _, i in keys])
+        images, labels = self.images[index], self.labels[index]
         if p == 0:
             return images, labels
         n, _, height, width = images.shape
         padded = torch.nn.functional.pad(images, (p, p, p, p), value=self.fill)
-        dy, dx = torch.randint(0, 2 * p + 1, (2, n), generator=self.generator)
+        offsets = torch.randint(0, 2 * p + 1, (2, len(self)), generator=epoch_generator(self.seed, epoch, 1))
+        dy, dx = offsets[:, index]
         rows = dy[:, None] + torch.arange(height)
         columns = dx[:, None] + torch.arange(width)
         index = torch.arange(n)[:, None, None]
         return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous(), labels
+
+
+def _as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return batch
+
+
+class TrainingLoader(DataLoader):
+    """Epochs of :class:`EpochBatches`; it draws nothing from torch's global generator."""
+
+    def begin(self, epoch: int, step: int = 0) -> TrainingLoader:
+        """The next pass is that of ``epoch``, without its first ``step`` batches."""
+        self.batch_sampler.epoch, self.batch_sampler.skip = epoch, step
+        return self
 
 
 @dataclass(frozen=True)
@@ -67,16 +116,16 @@ class Data:
         """One training image as a batch, 1 x C x H x W."""
         return self.train.tensors[0][:1]
 
-    def training_loader(self, batch_size: int, seed: int) -> DataLoader:
-        """Shuffled and shifted; the order depends on ``seed`` only. An incomplete last batch is left out."""
-        generator = torch.Generator().manual_seed(seed)
-        return DataLoader(
-            self.train,
-            batch_size,
-            shuffle=True,
-            drop_last=len(self.train) >= batch_size,
-            generator=generator,
-            collate_fn=RandomShift(self.shift, self.fill, generator),
+    def training_loader(self, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> TrainingLoader:
+        """Shuffled and shifted, by seed, epoch and index only. An incomplete last batch is left out.
+
+        :param batch_size: images per step and process.
+        :param rank, world: this process and how many there are; each gets its part of every step.
+        """
+        images = ShiftedImages(*self.train.tensors, self.shift, self.fill, seed)
+        batches = EpochBatches(len(self.train), batch_size, seed, rank, world)
+        return TrainingLoader(
+            images, batch_sampler=batches, collate_fn=_as_it_is, generator=torch.Generator().manual_seed(0)
         )
 
     def calibration_loader(self, batch_size: int) -> DataLoader:
