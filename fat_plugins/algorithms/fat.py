@@ -6,8 +6,8 @@ quoted below are those of the project's FAT specification.
 
 Deviations from the released code, all on the safe side of its edge cases (section 10.3): signed activations get a
 symmetric clip, unsigned ones an explicit lower clamp, the clips cannot become negative, constant weights do not become
-NaN, the activation clip starts from calibration unless ``activation_alpha`` is given, and layers that no batch norm
-follows keep their scale (``restore_scale``).
+NaN, the activation clip starts where calibration data have the least squared error unless ``activation_alpha`` is given
+(the authors reach it by progressive bits), and layers that no batch norm follows keep their scale (``restore_scale``).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from fat_plugins.clipping import ClipSearch
 from fat_plugins.errors import ConfigError
 from fat_plugins.figures import Figure
 from fat_plugins.forms import Codebook, Form, Staircase, UniformGrid
@@ -43,7 +44,9 @@ class FATParams(Params):
     )
     alpha: float = Field(3.0, gt=0, description="Initial weight clip, in standard deviations.")
     activation_alpha: float | None = Field(
-        None, gt=0, description="Initial activation clip; null takes it from calibration (the authors: 5.0 or 8.0)."
+        None,
+        gt=0,
+        description="Initial activation clip; null takes the best one on calibration data (the authors: 5.0 or 8.0).",
     )
     restore_scale: bool | Literal["auto"] = Field(
         "auto",
@@ -186,10 +189,11 @@ class FATActivation(ActivationQuantizer):
     """Activation side of FAT, section 5: one learned clip ``alpha``."""
 
     params: FATParams
-    calibration = "range"
+    calibration = "data"
 
     def __init__(self, spec: TensorSpec, params: FATParams) -> None:
         super().__init__(spec, params)
+        self._search = ClipSearch()
         # both, since signedness may come from calibration; no parameters and nothing in the state dict
         self.grids = nn.ModuleList(_Grid(params, spec.bits, s) for s in (False, True))
         self.alpha = nn.Parameter(torch.tensor(float(params.activation_alpha or 5.0)))
@@ -199,9 +203,13 @@ class FATActivation(ActivationQuantizer):
             self.alpha.fill_(max(abs(low), abs(high), 1e-5))
 
     def init_from_batch(self, x: Tensor, first: bool) -> None:
+        """The clip with the least squared error; the authors' progressive bits reach it in hundreds of epochs."""
         if self.params.activation_alpha is None:
-            largest = x.abs().max().clamp_min(1e-5).to(self.alpha.dtype)
-            self.alpha.copy_(largest if first else torch.maximum(self.alpha, largest))
+            grid = self.grids[int(self.signed)]
+            clip = self._search.add(
+                x, lambda v, c: grid.fake_quantize(v, c * grid.unit, True, True), signed=self.signed, first=first
+            )
+            self.alpha.fill_(max(clip, 1e-5))
 
     def _grid_and_scale(self) -> tuple[_Grid, Tensor]:
         grid = self.grids[int(self.signed)]

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fat_plugins.algorithms.dorefa import DoReFaParams, DoReFaWeight
+from fat_plugins.clipping import ClipSearch
 from fat_plugins.forms import Form, UniformGrid
 from fat_plugins.functional import fake_quantize, positive, wide
 from fat_plugins.quantizer import ActivationQuantizer, TensorSpec
@@ -23,7 +24,9 @@ class PACTParams(DoReFaParams):
     """Options of ``"algorithm": "pact"``."""
 
     alpha: float | None = Field(
-        10.0, gt=0, description="Initial clip (about 8 to 10 in the paper); null takes it from calibration."
+        10.0,
+        gt=0,
+        description="Initial clip (about 8 to 10 in the paper); null takes the best one on calibration data.",
     )
 
 
@@ -34,9 +37,11 @@ class PACTActivation(ActivationQuantizer):
     """
 
     params: PACTParams
+    calibration = "data"
 
     def __init__(self, spec: TensorSpec, params: PACTParams) -> None:
         super().__init__(spec, params)
+        self._search = ClipSearch()
         self.alpha = nn.Parameter(torch.tensor(float(params.alpha or 10.0)))
 
     def init_from_range(self, low: float, high: float) -> None:
@@ -45,8 +50,14 @@ class PACTActivation(ActivationQuantizer):
 
     def init_from_batch(self, x: Tensor, first: bool) -> None:
         if self.params.alpha is None:
-            largest = x.abs().max().clamp_min(1e-5).to(self.alpha.dtype)
-            self.alpha.copy_(largest if first else torch.maximum(self.alpha, largest))
+            low = -self._high if self.signed else 0
+            clip = self._search.add(
+                x,
+                lambda v, c: fake_quantize(v, c / self._high, low, self._high),
+                signed=self.signed,
+                first=first,
+            )
+            self.alpha.fill_(max(clip, 1e-5))
 
     @property
     def _high(self) -> int:

@@ -52,7 +52,7 @@ class SQuantizerParams(Params):
     )  # fmt: skip
     delay_epochs: int | None = Field(None, ge=0, description="The same in epochs.")
     alpha: float | None = Field(
-        10.0, gt=0, description="Initial clip of the activations (PACT); null takes it from calibration."
+        10.0, gt=0, description="Initial clip of the activations (PACT); null takes the best one on calibration data."
     )
 
 
