@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,16 +61,20 @@ def float_weights(model: nn.Module) -> dict[WeightQuantizer, Tensor]:
 
 
 @torch.no_grad()
-def monitor(model: nn.Module) -> dict[str, dict[str, float]]:
-    """What every quantizer and coordinator says about itself now, by name; see :meth:`Quantizer.monitor`.
+def monitor(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What every quantizer and coordinator says about itself now; see :meth:`Quantizer.monitor`.
 
-    Activation quantizers are called ``"NAME (activation)"`` where a weight has the same name. Quantizers that are
-    disabled or not calibrated are left out.
+    Quantizers that are disabled or not calibrated are left out.
+
+    :return: by name, in JSON types: ``kind`` (``"weight"``, ``"activation"``, ``"network"``) and ``values`` by name, to
+        six digits. An activation is called ``"NAME (activation)"`` where a weight has the same name.
     """
-    out: dict[str, dict[str, float]] = {}
+    out: dict[str, dict[str, Any]] = {}
     for name, part, weight in parts(model):
-        numbers = part.monitor() if isinstance(part, Coordinator) else part.monitor(weight)
-        out[name] = {key: value for key, value in numbers.items() if math.isfinite(value)}
+        whole = isinstance(part, Coordinator)
+        numbers = part.monitor() if whole else part.monitor(weight)
+        values = {key: float(f"{value:.6g}") for key, value in numbers.items() if math.isfinite(value)}
+        out[name] = {"kind": "network" if whole else part.role, "values": values}
     return out
 
 

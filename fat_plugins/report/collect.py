@@ -14,8 +14,9 @@ from fat_plugins.errors import CheckpointError, FatPluginsError
 from fat_plugins.placed import float_weights, parts
 from fat_plugins.quantizer import Coordinator, named_quantizers
 from fat_plugins.recipes.checkpoint import load_checkpoint
+from fat_plugins.recipes.directory import FLOAT, checkpoint_path
+from fat_plugins.recipes.loaded import load_run
 from fat_plugins.recipes.report import RunReport, VariantResult
-from fat_plugins.recipes.run import checkpoint_path, load_run
 from fat_plugins.recipes.targets import TARGETS
 from fat_plugins.registry import get_algorithm
 from fat_plugins.report.data import Accuracy, Check, CheckRow, Curve, Drawing, Epoch, OverTime, ReportData
@@ -24,7 +25,7 @@ from fat_plugins.report.tensors import tensor_rows
 
 #: test images that the activations are looked at with
 _SAMPLES = 64
-OWN, BASELINE, FLOAT = "own", "baseline", "float"
+OWN, BASELINE = "own", "baseline"
 
 
 @dataclass
@@ -159,8 +160,9 @@ def _curves(run: _Run, label: str) -> Iterator[Curve]:
         name = labels.get(quantized.get("algorithm", ""), label)
         for stage in quantized.get("stages", []):
             if stage.get("epochs"):
-                epochs = _epochs(stage["epochs"])
-                yield Curve(name=name, kind=kind, seed=seed, stage=stage.get("stage", 0), epochs=epochs)
+                epochs, before = _epochs(stage["epochs"]), stage.get("before_training")
+                before = _epochs([before])[0] if before else None
+                yield Curve(name=name, kind=kind, seed=seed, stage=stage.get("stage", 0), before=before, epochs=epochs)
 
 
 def _epochs(records: list[dict[str, Any]]) -> list[Epoch]:
@@ -170,7 +172,8 @@ def _epochs(records: list[dict[str, Any]]) -> list[Epoch]:
 def _over_time(run: _Run) -> list[OverTime]:
     """What the quantizers of the directory's own variant said after every epoch, stage after stage."""
     stages = run.metrics[0][1].get("quantized", {}).get("stages", []) if run.metrics else []
-    moments = [moment for stage in stages for moment in stage.get("quantizers", [])]
+    epochs = [epoch for stage in stages for epoch in stage.get("epochs", [])]
+    moments = [epoch.get("values", {}).get("quantizers", {}) for epoch in epochs]
     found: dict[str, OverTime] = {}
     for i, moment in enumerate(moments):
         for name, entry in moment.items():

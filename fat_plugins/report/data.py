@@ -48,12 +48,13 @@ class Epoch(_Part):
 
 
 class Curve(_Part):
-    """One phase of training of one variant with one seed."""
+    """One phase of training of one variant with one seed; ``before``: quantized, not trained yet."""
 
     name: str
     kind: Literal["float", "own", "baseline"]
     seed: int
     stage: int = 0
+    before: Epoch | None = None
     epochs: list[Epoch]
 
 

@@ -149,6 +149,9 @@ def training_curves(curves: Sequence[Curve]) -> Markup:
                     y = [np.nan if (v := getattr(e, key)) is None else factor * v for e in curve.epochs]
                     one = {"marker": "o", "ms": 3} if len(y) == 1 else {}
                     axis.plot(x, y, style, color=colour[curve.name], lw=1.3, alpha=0.85, **one)
+                    first = None if curve.before is None else getattr(curve.before, key)
+                    if first is not None:
+                        axis.plot(start + 0.5, factor * first, "o", mfc="white", mec=colour[curve.name], ms=3.5, mew=1)
             if begin and any(c.kind != "float" for c in curves):
                 axis.axvline(begin + 0.5, color=PALE, lw=0.8, zorder=0)
             axis.set_title(title)
