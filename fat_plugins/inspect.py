@@ -74,7 +74,8 @@ class LayerSummary:
     :param code_range: lowest and highest code in use.
     :param codes_used, codes: how many different codes occur, and how many the form has.
     :param bytes: codes at their width and float32 scales.
-    :param sqnr_db: of the quantized weight against what was rounded, in dB.
+    :param sqnr_db: of the quantized weight against what was rounded, in dB, after the one factor that fits best (some
+        algorithms learn levels apart from thresholds).
     """
 
     name: str
@@ -176,7 +177,7 @@ def _row_of(path: str, quantizer: Quantizer, weight: Tensor | None) -> LayerSumm
     if isinstance(quantizer, WeightQuantizer) and weight is not None and quantizer.calibrated:
         codes, form = quantizer.freeze(weight)
         if not quantizer.owns_weight:
-            error = error_of(quantizer.rounded(weight), form.decode(codes))
+            error = error_of(quantizer.rounded(weight), form.decode(codes), fit=True)
     elif isinstance(quantizer, ActivationQuantizer) and quantizer.calibrated:
         form = quantizer.form()
     return LayerSummary(

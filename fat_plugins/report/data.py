@@ -89,9 +89,9 @@ class Tensor(_Part):
         those of the deployed file.
     :param macs: multiply-accumulates of the layer for one sample; ``bops`` = macs x bits x ``input_bits`` (32 where the
         input is not quantized).
-    :param sqnr_db, relative_mse: of the quantized tensor against what was rounded.
-    :param float_sqnr_db, float_relative_mse: of the quantized weight, times ``float_gain``, against the weight of the
-        float network that training began with.
+    :param sqnr_db, relative_mse: of the quantized tensor against what was rounded, after the one factor that fits best.
+    :param float_sqnr_db, float_relative_mse: the same against the weight of the float network that training began with;
+        ``float_gain`` is the factor.
     :param clipped: share of activations outside of the levels.
     """
 

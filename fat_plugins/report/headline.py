@@ -19,8 +19,8 @@ def percent(value: float) -> str:
 
 
 def points(value: float) -> str:
-    """A difference of two accuracies: ``+0.12 points``, with a real minus sign."""
-    return f"{100 * value:+.2f} points".replace("-", "\N{MINUS SIGN}")
+    """A difference of two accuracies in percentage points: ``+0.12 pp``, with a real minus sign."""
+    return f"{100 * value:+.2f} pp".replace("-", "\N{MINUS SIGN}")
 
 
 def spread(accuracy: list[float]) -> str:
@@ -40,22 +40,21 @@ def _accuracy(data: ReportData) -> Iterator[Tile]:
         yield Tile(title="Accuracy", value=percent(mean(row.torch)), note=spread(row.torch))
         for other in [*_of(data, "float"), *(b for b in _of(data, "baseline") if b is not row)]:
             gain = mean(row.torch) - mean(other.torch)
-            yield Tile(
-                title=f"Against {other.name}", value=points(gain), note=f"{other.name}: {percent(mean(other.torch))}"
-            )
+            note = f"percentage points; {other.name}: {percent(mean(other.torch))}"
+            yield Tile(title=f"Against {other.name}", value=points(gain), note=note)
 
 
 def _size(data: ReportData) -> Iterator[Tile]:
     for row in _of(data, "own"):
         if row.weights_bytes:
             ratio = (row.float_bytes or 0) / row.weights_bytes
-            yield Tile(title="Weights", value=f"{ratio:.2f}\N{MULTIPLICATION SIGN} smaller", note=bytes_text(row))
+            yield Tile(title="Smaller weights", value=f"{ratio:.2f}\N{MULTIPLICATION SIGN}", note=bytes_text(row))
             return
     stored = sum(t.bytes or 0 for t in data.tensors)
     if stored:
         floats = sum(4 * count(t.shape) for t in data.tensors if t.kind == "weight")
         text = f"{stored:,} B of codes and scales, float32: {floats:,} B"
-        yield Tile(title="Weights", value=f"{floats / stored:.2f}\N{MULTIPLICATION SIGN} smaller", note=text)
+        yield Tile(title="Smaller weights", value=f"{floats / stored:.2f}\N{MULTIPLICATION SIGN}", note=text)
 
 
 def bytes_text(row: Accuracy) -> str:
@@ -75,7 +74,7 @@ def _cost(data: ReportData) -> Iterator[Tile]:
     if data.totals is not None and data.totals.bops:
         ratio = data.totals.float_bops / data.totals.bops
         text = f"{si(data.totals.bops)} BOPs for {si(data.totals.macs + data.totals.float_macs)} MACs"
-        yield Tile(title="Bit operations", value=f"{ratio:.0f}\N{MULTIPLICATION SIGN} fewer", note=text)
+        yield Tile(title="Fewer bit operations", value=f"{ratio:.0f}\N{MULTIPLICATION SIGN}", note=text)
 
 
 def si(value: float) -> str:
@@ -92,8 +91,8 @@ def _kernels(data: ReportData) -> Iterator[Tile]:
     if known:
         fast = sum(t.speed == "int8" for t in known)
         runtime = data.checks[0].runtime if data.checks else ""
-        text = f"layers on 8-bit integer kernels, {runtime}"
-        yield Tile(title="Kernels", value=f"{fast} of {len(layers)} int8", note=text, good=fast == len(layers))
+        text = f"layers run on int8 kernels, {runtime}"
+        yield Tile(title="Integer kernels", value=f"{fast} of {len(layers)}", note=text, good=fast == len(layers))
 
 
 def _codes(data: ReportData) -> Iterator[Tile]:

@@ -60,6 +60,10 @@ def _dash(value: Any) -> str:
     return _DASH if value is None or value == "" else f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def _decibels(value: float | None) -> str:
+    return _DASH if value is None else sqnr_text(value).replace("-", "\N{MINUS SIGN}")
+
+
 def _share(value: int | None, rows: list[Tensor], key: str) -> float:
     """Percent of the largest of a column, for bars in a table."""
     largest = max((getattr(r, key) or 0 for r in rows), default=0)
@@ -77,9 +81,9 @@ def _layer(tensor: Tensor, rows: list[Tensor]) -> dict[str, Any]:
         "scale": scale_text(torch.tensor(tensor.scale)).replace(" to ", _DASH),
         "zeros": None if tensor.zeros is None else f"{100 * tensor.zeros:.1f} %",
         "used": used,
-        "sqnr": sqnr_text(tensor.sqnr_db).replace("-", _DASH) if tensor.sqnr_db is None else sqnr_text(tensor.sqnr_db),
+        "sqnr": _decibels(tensor.sqnr_db),
         "mse": None if tensor.relative_mse is None else f"{tensor.relative_mse:.1e}",
-        "float_sqnr": None if tensor.float_sqnr_db is None else sqnr_text(tensor.float_sqnr_db),
+        "float_sqnr": _decibels(tensor.float_sqnr_db),
         "clipped": None if tensor.clipped is None else f"{100 * tensor.clipped:.2f} %",
         "bytes_share": _share(tensor.bytes, rows, "bytes"),
         "bops_share": _share(tensor.bops, rows, "bops"),
@@ -109,9 +113,12 @@ def _history(rows: list[OverTime]):
             if not any(_changes(row.values[key]) for row in own):
                 continue
             name = f"{key}, {title}"
+            factor = 1.0
             if key == "scale":
-                own, name = [_relative(row, key) for row in own], f"scale, {title} (first epoch: 1)"
-            yield plots.over_time(name, own, key)
+                own, name = [_relative(row, key) for row in own], f"scale / that of epoch 1, {title}"
+            elif key == "zeros":
+                name, factor = f"zeros, %, {title}", 100.0
+            yield plots.over_time(name, own, key, factor)
 
 
 def _changes(values: list[float | None]) -> bool:

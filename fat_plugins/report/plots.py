@@ -23,6 +23,7 @@ from fat_plugins.report.data import Accuracy, Codes, Curve, Drawing, Histogram, 
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 INK, GREY, PALE = "#1f2933", "#7b8794", "#cbd2d9"
+_LONG = re.compile(r"-?\d+\.\d{3,}")
 _OTHERS = (ORANGE, GREEN, PURPLE, RED, SKY)
 _STYLE = {
     "svg.fonttype": "none",
@@ -36,6 +37,7 @@ _STYLE = {
     "axes.edgecolor": PALE,
     "axes.labelcolor": GREY,
     "axes.linewidth": 0.8,
+    "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "xtick.color": PALE,
@@ -88,9 +90,13 @@ def _inline(svg: str, label: str) -> Markup:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     head, _, rest = svg.partition(">")
     head = re.sub(r'\s(xmlns(:\w+)?|width|height|version)="[^"]*"', "", head)
-    # one decimal of a point is enough on paper
-    rest = re.sub(r"-?\d+\.\d{2,}", lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), rest)
+    # a hundredth of a point is enough on paper; the numbers between the tags are labels
+    rest = re.sub(r"<[^>]*>", lambda tag: _LONG.sub(_short, tag[0]), rest)
     return Markup(head) + Markup(' role="img" aria-label="{}">').format(label) + Markup(rest)
+
+
+def _short(number: re.Match[str]) -> str:
+    return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
 
 
 def _quiet(axis: Axes) -> None:
@@ -216,13 +222,13 @@ def _code_bars(axis: Axes, codes: Codes, colour: str) -> None:
         )  # fmt: skip
 
 
-def over_time(title: str, rows: Sequence[OverTime], key: str) -> Markup:
-    """One line per layer over the epochs, from dark (first layer) to light (last)."""
+def over_time(title: str, rows: Sequence[OverTime], key: str, factor: float = 1.0) -> Markup:
+    """One line per layer over the epochs, from dark (first layer) to light (last); values times ``factor``."""
     shades = colormaps["viridis"](np.linspace(0.0, 0.85, max(len(rows), 2)))
-    with _sheet(f"{title} {key}", 3.3, 2.0) as sheet:
+    with _sheet(f"{title} {key}", 2.9, 1.8) as sheet:
         (axis,) = sheet.axes
         for row, shade in zip(rows, shades, strict=False):
-            y = [np.nan if v is None else v for v in row.values[key]]
+            y = [np.nan if v is None else factor * v for v in row.values[key]]
             axis.plot(
                 np.arange(1, len(y) + 1), y, color=shade, lw=1.3, **({"marker": "o", "ms": 3} if len(y) < 3 else {})
             )
@@ -251,7 +257,7 @@ def common_limits(figures: Sequence[Drawing]) -> tuple[float, float] | None:
 def drawing(figure: Drawing, number: int, limits: tuple[float, float] | None = None) -> Markup:
     """A figure of an algorithm. ``number`` tells it apart from others of the same name; ``limits`` of its colours."""
     figure = figure if limits is None else figure.model_copy(update={"limits": limits})
-    with _sheet(f"{figure.title}: {figure.layer} ({number})", 3.3, 2.1) as sheet:
+    with _sheet(f"{figure.title}: {figure.layer} ({number})", 2.9, 1.9) as sheet:
         (axis,) = sheet.axes
         {"image": _image, "curve": _curve, "bars": _bars}[figure.kind](axis, figure, sheet)
         axis.set_title(_text(figure.layer))

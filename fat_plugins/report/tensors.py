@@ -104,7 +104,7 @@ def _weight_row(module: FrozenWeight, quantizer: Quantizer | None, weight: Tenso
     rounded = value
     if isinstance(quantizer, WeightQuantizer) and weight is not None and not quantizer.owns_weight:
         rounded = quantizer.rounded(weight).detach().float().cpu()
-        error = error_of(rounded, value)
+        error = error_of(rounded, value, fit=True)
         if error is not None:
             row.sqnr_db, row.relative_mse = error.sqnr_db, error.relative_mse
     row.histogram = _weight_histogram(rounded, value, codes, form)
@@ -204,7 +204,7 @@ class _Activations:
         x = x.cpu().float()
         codes = form.encode(x)
         value = form.decode(codes)
-        error = error_of(x, value)
+        error = error_of(x, value, fit=True)
         if error is not None:
             row.sqnr_db, row.relative_mse = error.sqnr_db, error.relative_mse
         row.zeros = float((value == 0).double().mean())
