@@ -40,7 +40,7 @@ def _accuracy(data: ReportData) -> Iterator[Tile]:
         yield Tile(title="Accuracy", value=percent(mean(row.torch)), note=spread(row.torch))
         for other in [*_of(data, "float"), *(b for b in _of(data, "baseline") if b is not row)]:
             gain = mean(row.torch) - mean(other.torch)
-            note = f"percentage points; {other.name}: {percent(mean(other.torch))}"
+            note = f"{other.name}: {percent(mean(other.torch))}"
             yield Tile(title=f"Against {other.name}", value=points(gain), note=note)
 
 
