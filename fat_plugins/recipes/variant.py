@@ -76,6 +76,7 @@ class Context:
         def write(state: dict[str, Any]) -> None:
             self.state.save(self.seed, name, {**describe(), "trainer": state})
 
+        self.reporter.about = {"variant": name, "seed": self.seed}
         return Trainer(
             model,
             self.data,
@@ -140,6 +141,7 @@ class Variant:
             controller=controller,
             parts=[keeper, QuantizerLog()],
         )
+        context.reporter.about["stage"] = number
         if saved is not None:
             trainer.load_state_dict(saved["trainer"], str(context.state.path))
         records = trainer.run()
