@@ -23,6 +23,8 @@ from fat_plugins.report.data import Accuracy, Codes, Curve, Drawing, Histogram, 
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 INK, GREY, PALE = "#1f2933", "#7b8794", "#cbd2d9"
+#: two plots side by side without vertical labels
+_TWO = {"left": 0.03, "right": 0.97, "bottom": 0.15, "top": 0.87, "wspace": 0.1}
 _LONG = re.compile(r"-?\d+\.\d{3,}")
 _OTHERS = (ORANGE, GREEN, PURPLE, RED, SKY)
 _STYLE = {
@@ -58,8 +60,10 @@ _STYLE = {
 class _Sheet:
     """One figure being drawn; :attr:`svg` afterwards."""
 
-    def __init__(self, width: float, height: float, columns: int = 1) -> None:
-        self.canvas = Canvas(figsize=(width, height), layout="constrained")
+    def __init__(self, width: float, height: float, columns: int, margins: dict[str, float] | None) -> None:
+        self.canvas = Canvas(figsize=(width, height), layout=None if margins else "constrained")
+        if margins:
+            self.canvas.subplots_adjust(**margins)
         self.canvas.patch.set_alpha(0)
         FigureCanvasSVG(self.canvas)
         axes = self.canvas.subplots(1, columns, squeeze=False)[0]
@@ -70,10 +74,17 @@ class _Sheet:
 
 
 @contextmanager
-def _sheet(name: str, width: float, height: float, columns: int = 1) -> Iterator[_Sheet]:
-    """:param name: tells the identifiers inside apart from those of other figures on the page."""
+def _sheet(
+    name: str, width: float, height: float, columns: int = 1, margins: dict[str, float] | None = None
+) -> Iterator[_Sheet]:
+    """Draw one figure.
+
+    :param name: tells the identifiers inside apart from those of other figures on the page.
+    :param margins: where the axes stand, in parts of the figure; default: as labels need it, which takes as long as
+        drawing.
+    """
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-        sheet = _Sheet(width, height, columns)
+        sheet = _Sheet(width, height, columns, margins)
         yield sheet
         file = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -174,7 +185,7 @@ def training_curves(curves: Sequence[Curve]) -> Markup:
 def tensor_plot(tensor: Tensor) -> Markup:
     """Left: values, with levels and thresholds. Right: how often every code occurs."""
     colour = BLUE if tensor.kind == "weight" else GREEN
-    with _sheet(f"{tensor.kind} {tensor.name}", 3.75, 1.5, 2) as sheet:
+    with _sheet(f"{tensor.kind} {tensor.name}", 3.75, 1.5, 2, _TWO) as sheet:
         _values(sheet.axes[0], tensor.histogram, colour)
         _code_bars(sheet.axes[1], tensor.code_histogram, colour)
     return sheet.svg
