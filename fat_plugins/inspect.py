@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ from fat_plugins.errors import QuantizationError
 from fat_plugins.forms import Form, form_kind
 from fat_plugins.frozen import FrozenActivation, FrozenWeight
 from fat_plugins.measure import code_count, cosine, error_of, packed_bytes, scale_text, sqnr_text
-from fat_plugins.placed import float_weights
+from fat_plugins.placed import float_weights, network_facts
 from fat_plugins.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer, named_quantizers
 
 #: columns of a table printed as text
@@ -37,13 +38,17 @@ class _Shown:
     def _cells(self) -> tuple[list[str], list[list[str]]]:
         raise NotImplementedError
 
+    def _notes(self) -> list[str]:
+        return []
+
     def __rich__(self) -> Table:
         header, rows = self._cells()
-        table = Table(title=self._title(), title_justify="left")
+        caption = escape("\n".join(self._notes())) or None
+        table = Table(title=escape(self._title()), title_justify="left", caption=caption, caption_justify="left")
         for i, name in enumerate(header):
             table.add_column(name, justify="left" if i < 2 else "right", overflow="fold")
         for row in rows:
-            table.add_row(*(cell.replace("[", r"\[") for cell in row))
+            table.add_row(*map(escape, row))
         return table
 
     def __str__(self) -> str:
@@ -55,7 +60,8 @@ class _Shown:
         header, rows = self._cells()
         cells = ["<tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in header) + "</tr>"]
         cells += ["<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows]
-        return f"<table><caption>{html.escape(self._title())}</caption>{''.join(cells)}</table>"
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
+        return f"<table><caption>{html.escape(self._title())}</caption>{''.join(cells)}</table>{notes}"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -102,6 +108,8 @@ class Summary(_Shown):
 
     model: str
     layers: list[LayerSummary] = field(default_factory=list)
+    #: what algorithms tell of the whole network, such as compression rates
+    facts: dict[str, float] = field(default_factory=dict)
 
     @property
     def weight_bytes(self) -> int:
@@ -121,7 +129,11 @@ class Summary(_Shown):
             "weight_bytes": self.weight_bytes,
             "float_bytes": self.float_bytes,
             "layers": layers,
+            "facts": self.facts,
         }
+
+    def _notes(self) -> list[str]:
+        return [f"{name}: {value:.4g}" for name, value in self.facts.items()]
 
     def _title(self) -> str:
         ratio = f", {self.float_bytes / self.weight_bytes:.2f} times smaller than float32" if self.weight_bytes else ""
@@ -169,7 +181,7 @@ def summary(model: nn.Module) -> Summary:
             rows.append(_frozen_row(module.name or path, "activation", module, module.form))
     if not rows:
         raise QuantizationError(f"{type(model).__name__} holds no quantizer of fat-plugins: nothing to summarize")
-    return Summary(type(model).__name__, rows)
+    return Summary(type(model).__name__, rows, network_facts(model))
 
 
 def _row_of(path: str, quantizer: Quantizer, weight: Tensor | None) -> LayerSummary:

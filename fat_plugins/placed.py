@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fat_plugins.quantizer import Coordinator, Quantizer, WeightQuantizer, coordinators, named_quantizers
+from fat_plugins.quantizer import (
+    Coordinator,
+    FrozenTensor,
+    Quantizer,
+    WeightQuantizer,
+    coordinators,
+    named_quantizers,
+)
 
 #: from a model to its weight quantizers with the weights as they reach them: behind masks, in evaluation mode
 Finder = Callable[[nn.Module], Iterable[tuple[WeightQuantizer, Tensor]]]
@@ -78,6 +85,26 @@ def monitor(model: nn.Module) -> dict[str, dict[str, Any]]:
     return out
 
 
+@torch.no_grad()
+def network_facts(model: nn.Module) -> dict[str, float]:
+    """What the algorithms at work in ``model`` tell of the whole network: see :meth:`Algorithm.network_facts`."""
+    from fat_plugins.registry import get_algorithm  # which loads the algorithms, and these import the core
+
+    by_algorithm: dict[str, list[tuple[WeightQuantizer, FrozenTensor]]] = {}
+    for quantizer, weight in float_weights(model).items():
+        if quantizer.enabled and quantizer.calibrated and quantizer.algorithm:
+            by_algorithm.setdefault(quantizer.algorithm, []).append((quantizer, quantizer.freeze(weight)))
+    own = {id(p) for _, q in named_quantizers(model) for p in q.parameters()}
+    own |= {id(p) for c in coordinators(model) for p in c.parameters()}
+    # integers are bookkeeping of a host
+    total = sum(p.numel() for p in model.parameters() if id(p) not in own and p.is_floating_point())
+    facts: dict[str, float] = {}
+    for name, found in by_algorithm.items():
+        quantized = sum(frozen.codes.numel() for _, frozen in found)
+        facts |= get_algorithm(name).network_facts(found, max(total - quantized, 0))
+    return facts
+
+
 def parts(model: nn.Module) -> Iterator[tuple[str, Quantizer | Coordinator, Tensor | None]]:
     """Every quantizer in use with a name of its own and, for weights, the float weight; then every coordinator."""
     weights, taken = float_weights(model), set()
@@ -97,4 +124,4 @@ def parts(model: nn.Module) -> Iterator[tuple[str, Quantizer | Coordinator, Tens
         yield type(coordinator).__name__, coordinator, None
 
 
-__all__ = ["Finder", "float_weights", "monitor", "parts", "register_finder"]
+__all__ = ["Finder", "float_weights", "monitor", "network_facts", "parts", "register_finder"]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from fat_plugins.errors import CheckpointError, FatPluginsError
-from fat_plugins.placed import float_weights, parts
-from fat_plugins.quantizer import Coordinator, named_quantizers
+from fat_plugins.placed import network_facts, parts
+from fat_plugins.quantizer import Coordinator
 from fat_plugins.recipes.checkpoint import load_checkpoint
 from fat_plugins.recipes.directory import FLOAT, checkpoint_path
 from fat_plugins.recipes.loaded import load_run
@@ -215,7 +215,7 @@ def _add_model(data: ReportData, run: _Run, which: str | None) -> None:
     for name, part, weight in parts(loaded.model):
         figures = part.figures() if isinstance(part, Coordinator) else part.figures(weight)
         data.figures += [Drawing(layer=name, **f.to_dict()) for f in figures]
-    data.network = _network_facts(loaded.model)
+    data.network = network_facts(loaded.model)
     if data.algorithm:
         data.fidelity = get_algorithm(data.algorithm).fidelity
     _add_deployed(data, run.results)
@@ -235,22 +235,6 @@ def _float_state(run: _Run) -> dict[str, torch.Tensor]:
             return load_checkpoint(path).state
     run.missing.append("no float checkpoint: nothing to compare the weights with")
     return {}
-
-
-def _network_facts(model: torch.nn.Module) -> dict[str, float]:
-    weights = float_weights(model)
-    by_algorithm: dict[str, list] = {}
-    for quantizer, weight in weights.items():
-        if quantizer.enabled and quantizer.calibrated:
-            by_algorithm.setdefault(quantizer.algorithm, []).append((quantizer, quantizer.freeze(weight)))
-    own = {id(p) for _, q in named_quantizers(model) for p in q.parameters()}
-    total = sum(p.numel() for p in model.parameters() if id(p) not in own)
-    facts: dict[str, float] = {}
-    for name, found in by_algorithm.items():
-        if name:
-            quantized = sum(codes.numel() for _, (codes, _) in found)
-            facts |= get_algorithm(name).network_facts(found, max(total - quantized, 0))
-    return facts
 
 
 def _add_deployed(data: ReportData, results: RunReport | None) -> None:

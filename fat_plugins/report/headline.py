@@ -80,7 +80,7 @@ def _cost(data: ReportData) -> Iterator[Tile]:
 def si(value: float) -> str:
     """``1.57 M``."""
     for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
+        if value >= 0.9995 * factor:  # what three digits round up to it
             return f"{value / factor:.3g} {unit}"
     return f"{value:.3g}"
 

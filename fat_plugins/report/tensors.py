@@ -100,7 +100,7 @@ def _weight_row(module: FrozenWeight, quantizer: Quantizer | None, weight: Tenso
     row.zeros = float((value == 0).double().mean())
     row.code_range, row.codes_used = (int(used[0]), int(used[-1])), used.numel()
     row.bytes = packed_bytes(codes.numel(), form)
-    row.code_histogram = _codes(codes, value)
+    row.code_histogram = _codes(codes, value, isinstance(form, SumOfGrids))
     rounded = value
     if isinstance(quantizer, WeightQuantizer) and weight is not None and not quantizer.owns_weight:
         rounded = quantizer.rounded(weight).detach().float().cpu()
@@ -121,9 +121,11 @@ def _against_float(row: Row, module: FrozenWeight, floats: Mapping[str, Tensor])
         row.float_gain = error.gain
 
 
-def _codes(codes: Tensor, value: Tensor) -> Codes:
-    """Counts of codes in the order of their mean values, which is the order of the levels."""
+def _codes(codes: Tensor, value: Tensor, packed: bool) -> Codes:
+    """Counts of codes in the order of their levels: of packed codes of sums that of their mean values."""
     found, index, counts = codes.flatten().unique(return_inverse=True, return_counts=True)
+    if not packed:
+        return Codes(codes=found.tolist(), counts=counts.tolist())
     mean = torch.zeros(found.numel(), dtype=torch.float64)
     mean.index_add_(0, index, value.detach().double().flatten().cpu())
     order = (mean / counts).argsort()
@@ -210,7 +212,7 @@ class _Activations:
         row.zeros = float((value == 0).double().mean())
         used = codes.unique()
         row.code_range, row.codes_used = (int(used[0]), int(used[-1])), used.numel()
-        row.code_histogram = _codes(codes, value)
+        row.code_histogram = _codes(codes, value, False)
         levels, thresholds = _activation_grid(form)
         row.histogram = Histogram(levels=levels, thresholds=thresholds)
         flat = x.flatten()
@@ -237,11 +239,12 @@ def _clipped(x: Tensor, form: Form) -> float:
 def _activation_grid(form: Form) -> tuple[list[float], list[float]]:
     """Levels and thresholds of a form with one scale, where there are few enough to show."""
     integers = _integers(form).double()
-    per_channel = form.scale.numel() > 1 or (isinstance(form, Staircase) and form.thresholds.ndim > 1)
-    if per_channel or integers.numel() > _MOST_LEVELS:
+    if form.scale.numel() > 1 or integers.numel() > _MOST_LEVELS:
         return [], []
     scale = form.scale.detach().cpu().double()
     thresholds = form.thresholds.cpu().double() if isinstance(form, Staircase) else (integers[1:] + integers[:-1]) / 2
+    if thresholds.ndim > 1:  # every channel has its own
+        return _digits(integers * scale), []
     return _digits(integers * scale), _digits(thresholds * scale)
 
 

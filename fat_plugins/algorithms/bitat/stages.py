@@ -360,8 +360,8 @@ class BiTATStages(Coordinator):
         """How far every layer has come."""
         done = [float(self._stage > i) + float(self._stage >= i) for i in range(len(self.layers))]
         names = [layer.name for layer in self.layers]
-        label = "0: waits, 1: in training, 2: binary"
-        return [Figure.bars("Stage of every layer", names, {"stage": done}, "layer", label, (0.0, 2.0))]
+        title = "Stage of every layer (0: waits, 1: in training, 2: binary)"
+        return [Figure.bars(title, names, {"stage": done}, "", "stage", (0.0, 2.0))]
 
     @staticmethod
     def _own_input(layer: LayerQuantizers) -> BiTATActivation | None:
