@@ -208,6 +208,10 @@ def _values(axis: Axes, histogram: Histogram, colour: str) -> None:
 
 def _code_bars(axis: Axes, codes: Codes, colour: str) -> None:
     _quiet(axis)
+    axis.set_title("Codes")
+    if not codes.codes:  # of an activation that the samples did not reach
+        axis.set_xticks([])
+        return
     total = max(sum(codes.counts), 1)
     shares = [100 * n / total for n in codes.counts]
     positions = np.asarray(codes.codes)
@@ -225,12 +229,7 @@ def _code_bars(axis: Axes, codes: Codes, colour: str) -> None:
     else:
         shown = sorted({0, len(positions) // 2, len(positions) - 1})
         axis.set_xticks(shown, [str(codes.codes[i]) for i in shown])
-    axis.set_title("Codes")
-    if shares:
-        axis.annotate(
-            f"peak {max(shares):.0f} %", (1, 1), xycoords="axes fraction", ha="right", va="bottom", color=GREY,
-            fontsize=8, xytext=(0, 2), textcoords="offset points",
-        )  # fmt: skip
+    axis.set_title(f"peak {max(shares):.0f} %", loc="right", color=GREY, fontsize=8, fontweight="normal")
 
 
 def over_time(title: str, rows: Sequence[OverTime], key: str, factor: float = 1.0) -> Markup:
