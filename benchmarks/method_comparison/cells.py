@@ -29,7 +29,12 @@ from fat_plugins.registry import algorithms
 #: task: data, model, and epochs of float training and of fine-tuning
 TASKS: dict[str, tuple[DataSection, ModelSection, int, int]] = {
     "digits": (DataSection(name="digits"), ModelSection(name="digits_cnn", params={"width": 16}), 25, 15),
-    "shapes": (DataSection(name="shapes", params={"noise": 0.17}), ModelSection(name="digits_cnn", params={"width": 16}), 25, 15),
+    "shapes": (
+        DataSection(name="shapes", params={"noise": 0.17}),
+        ModelSection(name="digits_cnn", params={"width": 16}),
+        25,
+        15,
+    ),
 }
 FLOAT, BREVITAS, NNCF = "float", "brevitas-own", "nncf-own"
 METHODS = [FLOAT, *(a for a in algorithms() if a != "minmax"), BREVITAS, NNCF]
