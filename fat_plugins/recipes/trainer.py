@@ -384,7 +384,8 @@ class Trainer:
             for part in self.parts:
                 stack.enter_context(part.evaluated(self.model))
             if has_noise(self.model):  # the norms' statistics are those of the noisy network
-                reestimate_batch_norms(self.model, self.data.calibration_loader(self.batch_size), NORM_BATCHES)
+                batches = self.data.calibration_loader(self.batch_size * self.world.size)
+                reestimate_batch_norms(self.model, batches, NORM_BATCHES)
             held_out = evaluate(self.model, self.data.validation_loader(), self.world)
             record = EpochRecord(self.epoch, lr, loss / count, correct / count, *held_out)
             for part in self.parts:

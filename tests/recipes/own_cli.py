@@ -1,4 +1,4 @@
-"""``fat-plugins`` with a model that has no batch norms, and as the environment asks: on the toy host, slowly, failing.
+"""``fat-plugins`` with the model ``plain``, and as the environment asks: on the toy host, slowly, failing.
 
 ``OWN_CLI`` holds words: ``toy``; ``slow``, a pause in every step; ``fail1``, process 1 fails in its third step.
 """
@@ -12,34 +12,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import plain_net  # noqa: F401
 import torch
-from torch import nn
 
 from fat_plugins.cli import main
 from fat_plugins.errors import FatPluginsError
-from fat_plugins.quantizer import Params
-from fat_plugins.recipes import loaded, models, run
+from fat_plugins.recipes import loaded, run
 from fat_plugins.recipes.trainer import Trainer
 
 WORDS = os.environ.get("OWN_CLI", "").split()
-
-
-class Plain(nn.Module):
-    """Three convolutions and a linear layer, so that every process computes exactly its part of a batch."""
-
-    def __init__(self, channels: int, classes: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, 8, 3, padding=1)
-        self.conv2 = nn.Conv2d(8, 8, 3, stride=2, padding=1)
-        self.conv3 = nn.Conv2d(8, 16, 3, stride=2, padding=1)
-        self.head = nn.Linear(64, classes)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.conv3(self.conv2(self.conv1(x).relu()).relu()).relu()
-        return self.head(x.flatten(1))
-
-
-models.MODELS["plain"] = (Params, lambda params, shape, classes: Plain(shape[0], classes))
 
 if "toy" in WORDS:
     from toy_host import ToyHost
