@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -41,11 +42,13 @@ def report_picture(run: Path, target: Path, browser: str) -> None:
 def console_picture(run: Path, target: Path) -> None:
     """The tables of the command line as SVG."""
     report = RunReport.from_dict(json.loads((run / "report.json").read_text(encoding="utf-8")))
-    console = Console(record=True, file=io.StringIO(), width=150, force_terminal=True)
+    console = Console(record=True, file=io.StringIO(), width=138, force_terminal=True)
     console.print(f"$ fat-plugins train {report.name}", markup=False, highlight=False)
     for table in report.tables(console.width):
         console.print(table)
-    console.save_svg(str(target), title="fat-plugins")
+    svg = console.export_svg(title="fat-plugins")
+    # rich refers to fonts on the network: the reader's own will do
+    target.write_text(re.sub(r"@font-face\s*{.*?}\s*", "", svg, flags=re.S), encoding="utf-8")
 
 
 def main() -> None:

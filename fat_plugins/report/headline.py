@@ -20,7 +20,10 @@ def percent(value: float) -> str:
 
 def points(value: float) -> str:
     """A difference of two accuracies in percentage points: ``+0.12 pp``, with a real minus sign."""
-    return f"{100 * value:+.2f} pp".replace("-", "\N{MINUS SIGN}")
+    text = f"{100 * value:+.2f} pp"
+    if text[1:] == "0.00 pp":
+        return f"\N{PLUS-MINUS SIGN}{text[1:]}"
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def spread(accuracy: list[float]) -> str:
@@ -28,6 +31,11 @@ def spread(accuracy: list[float]) -> str:
     if len(accuracy) < 2:
         return ""
     return f"{100 * min(accuracy):.2f} to {100 * max(accuracy):.2f} % over {len(accuracy)} seeds"
+
+
+def between(accuracy: list[float]) -> str:
+    """Lowest and highest of several seeds without their number."""
+    return spread(accuracy).partition(" over")[0]
 
 
 def _of(data: ReportData, kind: str) -> list[Accuracy]:
@@ -109,4 +117,4 @@ def _codes(data: ReportData) -> Iterator[Tile]:
         yield Tile(title="Codes", value=value, note=note, good=check.verified)
 
 
-__all__ = ["percent", "points", "si", "spread", "tiles"]
+__all__ = ["between", "percent", "points", "si", "spread", "tiles"]

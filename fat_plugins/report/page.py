@@ -13,7 +13,7 @@ from markupsafe import Markup
 from fat_plugins.measure import scale_text, sqnr_text
 from fat_plugins.report import plots
 from fat_plugins.report.data import Check, OverTime, ReportData, Tensor
-from fat_plugins.report.headline import percent, points, si, spread
+from fat_plugins.report.headline import between, percent, points, si
 
 #: what quantizers say over time, in the order of the page; others follow by name
 _FIRST = ("expected bits", "bits", "scale", "zeros")
@@ -31,7 +31,7 @@ def render(data: ReportData) -> str:
         "si": si,
         "dash": _dash,
         "mean": mean,
-        "spread": spread,
+        "between": between,
     }
     source = files("fat_plugins.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     weights = [t for t in data.tensors if t.kind == "weight"]
