@@ -317,6 +317,43 @@ def _which(checkpoint: str | None) -> str | None:
     return checkpoint
 
 
+@app.command()
+@_one_line_errors
+def convert(
+    old: Annotated[Path, typer.Argument(metavar="OLD.json", help="A config of NNCF 2 with a quantization section.")],
+    algorithm: Annotated[str, typer.Option("--algorithm", "-a", help="See 'fat-plugins algorithms'.")] = "fat",
+    weight_bits: Annotated[int | None, typer.Option(help="Width of weights; default: as in OLD.json.")] = None,
+    activation_bits: Annotated[int | None, typer.Option(help="Width of activations; default: as in OLD.json.")] = None,
+    nncf: Annotated[
+        int | None, typer.Option(help="3: leave out what NNCF 3 refuses; default: keep and say it.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; default: print the new config.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON: the new config and a line for each key.")
+    ] = False,
+) -> None:
+    """Rewrite an NNCF 2 quantization config for an algorithm; say what was carried, changed and dropped."""
+    from fat_plugins.config import read_config
+    from fat_plugins.convert import convert as rewrite
+    from fat_plugins.recipes.checkpoint import write_text
+
+    if output is not None and output.exists() and not overwrite:
+        raise ConfigError(f"--output: {str(output)!r} exists; --overwrite replaces it")
+    result = rewrite(read_config(old), algorithm, weight_bits=weight_bits, activation_bits=activation_bits, nncf=nncf)
+    text = json.dumps(result.config, indent=4)
+    if output is not None:
+        write_text(output, text + "\n")
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=2))
+    else:
+        typer.echo(result.to_text(), err=output is None)
+        if output is None:  # the config alone on standard output, for a pipe
+            typer.echo(text)
+
+
 def main() -> None:
     """Entry point."""
     app()

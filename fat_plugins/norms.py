@@ -64,7 +64,7 @@ def reestimate_batch_norms(model: nn.Module, batches: Iterable[Any], count: int 
 
 
 def has_noise(model: nn.Module) -> bool:
-    """Whether the training forward of some quantizer in ``model`` draws random numbers now."""
+    """Whether the training forward of some quantizer in ``model`` is not the deployed one now."""
     return any(quantizer.enabled and quantizer.noisy for _, quantizer in named_quantizers(model))
 
 

@@ -166,8 +166,8 @@ class Quantizer(nn.Module):
 
     @property
     def noisy(self) -> bool:
-        """Whether the training forward draws random numbers, so that batch norms gather statistics of another
-        function than the deployed one (see :func:`fat_plugins.norms.reestimate_batch_norms`)."""
+        """Whether the training forward is another function than the deployed one (random numbers, soft steps), of which
+        batch norms gather the statistics (see :func:`fat_plugins.norms.reestimate_batch_norms`)."""
         return False
 
     def reset_calibration(self) -> None:

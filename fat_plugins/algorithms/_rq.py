@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fat_plugins.forms import Form, UniformGrid
-from fat_plugins.functional import uniform_codes, wide
+from fat_plugins.functional import best_step, uniform_codes, wide
 from fat_plugins.quantizer import ActivationQuantizer, FrozenTensor, Params, TensorSpec, WeightQuantizer
 
 _LOWEST, _HIGHEST = 1e-12, 1e36  # of alpha; an all-zero tensor would give 0 (section 10.10)
@@ -27,7 +27,6 @@ _SATURATED = 30.0
 _LOWEST_EXPONENT = -40.0
 #: sigma stays within alpha / 20 .. alpha (section 10.3)
 _LEAST_SIGMA = math.log(20.0)
-_SAMPLES, _CANDIDATES = 2**16, 100
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -140,21 +139,6 @@ def draw_seed(seed: int, spec: TensorSpec, step: int) -> int:
 def range_step(low: float, high: float, bits: int) -> float:
     """RQ's rule ``t / 2^b + 3 t / 2^(2b)``, ``t = high - low``; zero counts as seen, so that a constant has a range."""
     return (max(high, 0.0) - min(low, 0.0)) * (1 / 2**bits + 3 / 4**bits)
-
-
-def best_step(x: Tensor, low: int, high: int) -> float:
-    """The step with the least mean squared error on ``x``, among hundredths of the one that reaches the largest value.
-
-    Looks at 65536 evenly spaced elements at most.
-    """
-    flat = x.reshape(-1)
-    largest = flat.abs().max()
-    if not bool(largest > 0):
-        return 0.0
-    flat = flat[:: max(1, -(-flat.numel() // _SAMPLES))] / largest
-    steps = torch.arange(1, _CANDIDATES + 1, device=x.device, dtype=flat.dtype) / (_CANDIDATES * high)
-    errors = [((flat / s).round_().clamp_(low, high).mul_(s) - flat).square_().mean() for s in steps]
-    return float(steps[int(torch.stack(errors).argmin())]) * float(largest)
 
 
 class _Grid(nn.Module):

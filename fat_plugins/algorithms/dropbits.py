@@ -50,7 +50,9 @@ class DropBitsParams(Params):
         "'ste': straight-through within the grid. A reconstruction.",
     )
     act_estimator: Estimator = Field(
-        "imax", description="Gradient of activations; at 2 bits 'full' is the safer choice."
+        "full",
+        description="Gradient of activations. 'imax' is the weights' rule and grows with the level: a chain of layers "
+        "multiplies it, and trains badly or not at all.",
     )
     normalization: Literal["truncated", "raw"] = Field(
         "truncated", description="Whether probabilities are divided by those of the whole grid, as in RQ."
@@ -132,7 +134,7 @@ class _Plan(NamedTuple):
     high: int
     estimator: str
     truncated: bool
-    #: rule of the gates, ``None`` when no mask is applied
+    #: rule of the gates, ``None`` where no mask is applied
     gates: str | None
     #: factor on the gradients of log alpha and log sigma
     factor: float
@@ -187,6 +189,42 @@ def _ste(g: Tensor, x: Tensor, k: Tensor, alpha: Tensor, low: int, high: int):
     return g * inside, g * (k - r.clamp(low, high) * inside), torch.zeros_like(g)
 
 
+def _full(g: Tensor, x: Tensor, alpha: Tensor, rho: Tensor, low: int, high: int, truncated: bool):
+    """Without masks, through all points: gradients by x, log alpha and log sigma, element by element.
+
+    The mean of k telescopes: with ``F`` at the cells' ends, ``sum_k k (F(k + 1/2) - F(k - 1/2))`` is the highest k
+    times the grid's mass less a sum of ``F``. Written for the upper half of the grid, where ``F`` is small and its
+    differences do not cancel; the lower half is its mirror image.
+    """
+    r = position(x, alpha, rho, low, high)
+    k = torch.round(r.clamp(low, high))
+    count, centre = high - low + 1, (low + high) / 2
+    h = (r - centre).abs()
+    sign = torch.where(r < centre, -1.0, 1.0).to(r.dtype)
+
+    def end(t: float) -> tuple[Tensor, Tensor, Tensor]:
+        u = t - h
+        f = torch.sigmoid(u * rho)
+        slope = f * (1 - f)
+        return f, slope, slope * u
+
+    below, top = end(-count / 2), end(count / 2)
+    sums = tuple((1 - count) * b for b in below)
+    for i in range(1, count):
+        sums = tuple(a.add_(b) for a, b in zip(sums, end(i - count / 2), strict=True))
+    mass, by_h, by_rho = (t - b for t, b in zip(top, below, strict=True))
+    if truncated:
+        mean = sums[0] / mass
+        factor = rho / mass
+        by_r, by_scale = factor * (sums[1] - mean * by_h), factor * sign * (mean * by_rho - sums[2])
+    else:  # k = centre + sign * distance, and the mass of the grid is part of the mean
+        half = (count - 1) / 2 + centre * sign
+        by_r, by_scale = rho * (sums[1] - half * by_h), rho * sign * (half * by_rho - sums[2])
+    by_scale = g * by_scale
+    by_x = g * by_r
+    return by_x, g * k + by_scale - r * by_x, -by_scale
+
+
 def _averaged(total: Tensor, raw: Tensor, s: Tensor, ks: Tensor, r: Tensor, rho: Tensor, grid: Any) -> list[Tensor]:
     """Sums of a weight times the three slopes of log pi, from the sums of the weight, times raw, S and k S."""
     common = rho * (0.5 / torch.tanh(rho / 2) * total - raw / 2)
@@ -198,18 +236,18 @@ def _averaged(total: Tensor, raw: Tensor, s: Tensor, ks: Tensor, r: Tensor, rho:
 
 
 def _general(g: Tensor, x: Tensor, alpha: Tensor, rho: Tensor, mask: Tensor, plan: _Plan):
-    """With masks, or through all points: gradients by x, log alpha, log sigma (by element) and by the mask, divided by
-    alpha. One or two loops over the points, one exponential in each turn; memory does not grow with their number."""
+    """With masks: gradients by x, log alpha, log sigma (by element) and by the mask, divided by alpha. One or two loops
+    over the points, one exponential in each turn; memory does not grow with their number."""
     low, high, estimator, truncated, gates, _ = plan
     r = position(x, alpha, rho, low, high)
-    k = torch.round(r.clamp(low, high)) if gates is None else masked_codes(r, rho, mask, low)
+    k = masked_codes(r, rho, mask, low)
     grid = grid_mass(r, rho, low, high, truncated)
     renormalised, full = gates == "expected", estimator == "full"
     mass = expected = by_raw = by_s = by_ks = k_raw = k_ks = 0.0
     if renormalised or full:
         for point in range(low, high + 1):
             raw, s = cell(r, rho, point)
-            p = raw if gates is None else raw * mask[point - low]
+            p = raw * mask[point - low]
             ps, pr = p * s, p * raw
             mass, expected = mass + p, expected + point * p
             by_raw, by_s, by_ks = by_raw + pr, by_s + ps, by_ks + point * ps
@@ -241,8 +279,6 @@ def _general(g: Tensor, x: Tensor, alpha: Tensor, rho: Tensor, mask: Tensor, pla
             slopes = [s - m for s, m in zip(slopes, means, strict=True)]
         value = gk * own
         by = (value * slopes[0], gk + value * slopes[1], value * slopes[2])
-    if gates is None:
-        return *by, None
     by_mask = []
     factor = g / grid.value / mass if renormalised else g / grid.value
     for point in range(low, high + 1):
@@ -277,12 +313,13 @@ class _Categorical(torch.autograd.Function):
         g, low, high = wide(grad), plan.low, plan.high
         alpha, rho = log_alpha.exp().reshape(()), torch.exp(log_alpha - log_sigma).reshape(())
         by_mask = None
-        if plan.gates is not None or plan.estimator == "full":
+        if plan.gates is not None:
             by_x, by_alpha, by_sigma, by_mask = _general(g, x, alpha, rho, mask, plan)
         elif plan.estimator == "ste":
             by_x, by_alpha, by_sigma = _ste(g, x, uniform_codes(x, alpha, low, high), alpha, low, high)
         else:
-            by_x, by_alpha, by_sigma = fused(_imax, x)(g, x, alpha, rho, low, high, plan.truncated)
+            rule = _full if plan.estimator == "full" else _imax
+            by_x, by_alpha, by_sigma = fused(rule, x)(g, x, alpha, rho, low, high, plan.truncated)
         # the factor first: the sum over a huge tensor must not overflow
         scale = alpha * plan.factor
         by_alpha, by_sigma = (by_alpha * scale).sum().reshape(1), (by_sigma * scale).sum().reshape(1)

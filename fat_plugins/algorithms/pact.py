@@ -19,6 +19,8 @@ from fat_plugins.functional import fake_quantize, positive, wide
 from fat_plugins.quantizer import ActivationQuantizer, TensorSpec
 from fat_plugins.registry import Algorithm
 
+_LEAST = 1e-5  # of the initial clip
+
 
 class PACTParams(DoReFaParams):
     """Options of ``"algorithm": "pact"``."""
@@ -46,7 +48,7 @@ class PACTActivation(ActivationQuantizer):
 
     def init_from_range(self, low: float, high: float) -> None:
         if self.params.alpha is None:
-            self.alpha.fill_(max(abs(low), abs(high), 1e-5))
+            self.alpha.fill_(max(abs(low), abs(high), _LEAST))
 
     def init_from_batch(self, x: Tensor, first: bool) -> None:
         if self.params.alpha is None:
@@ -57,7 +59,7 @@ class PACTActivation(ActivationQuantizer):
                 signed=self.signed,
                 first=first,
             )
-            self.alpha.fill_(max(clip, 1e-5))
+            self.alpha.fill_(max(clip, _LEAST))
 
     @property
     def _high(self) -> int:

@@ -5,9 +5,9 @@ with the epoch; in evaluation the sigmoids are steps. ``alpha`` and ``beta`` are
 once. No straight-through estimator: the gradient is that of the soft function. Sections quoted below are those of the
 project's Quantization Networks specification.
 
-Choices of our own where paper and code say nothing: signed activations take the weights' form, activations with
-``uniform_thresholds`` tie ``beta`` to ``1/alpha``, thresholds keep a least distance, and ``alpha`` and ``beta`` stay
-positive.
+Choices of our own where paper and code say nothing: how fast activations harden, signed ones take the weights' form,
+activations with ``uniform_thresholds`` tie ``beta`` to ``1/alpha``, thresholds keep a least distance, and ``alpha`` and
+``beta`` stay positive.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ _CURVE = 241
 _FLOOR = 1e-37
 #: largest magnitudes outside of these would take alpha or beta out of float32
 _LEAST, _MOST = 1e-30, 1e36
+#: T of activations at the end of a training of known length, where no K is given. The gradient's spread grows with the
+#: root of T in every layer; beyond about 60 nothing is learned at the rates that other methods take.
+_LAST = 40.0
 #: more sigmoids than this are not worth the compiler's time (it unrolls the loop)
 _UNROLLED = 63
 #: values that k-means looks at, and activations that are kept of one calibration batch
@@ -57,7 +60,10 @@ class QNParams(Params):
         10.0, gt=0, description="K: the steepness T is K times the epoch. The paper: 10 (AlexNet, SSD), 5 (ResNet)."
     )
     activation_temperature: float | None = Field(
-        None, gt=0, description="K of the activations; null takes that of the weights."
+        None,
+        gt=0,
+        description="K of the activations; null: that of the weights, or less, so that T ends at 40 where the length "
+        "of the training is known (above one bit).",
     )
     backward: Literal["auto", "true", "t1"] = Field(
         "auto",
@@ -276,6 +282,11 @@ class _Steps(nn.Module):
 
     params: QNParams
 
+    @property
+    def noisy(self) -> bool:
+        """Training is soft, what is deployed is hard."""
+        return True
+
     def _add_state(self, count: int, tied: bool) -> None:
         self.alpha = nn.Parameter(torch.ones(()))
         self.beta = None if tied else nn.Parameter(torch.ones(()))
@@ -425,6 +436,7 @@ class QNActivation(_Steps, ActivationQuantizer):
     def __init__(self, spec: TensorSpec, params: QNParams) -> None:
         super().__init__(spec, params)
         self.waiting = False
+        self.k = params.activation_temperature or params.temperature
         self._samples: Tensor | None = None
         self._add_state(2**spec.bits - 1, tied=params.uniform_thresholds)
         self.set_thresholds(uniform_thresholds(self.levels))
@@ -466,6 +478,9 @@ class QNActivation(_Steps, ActivationQuantizer):
         if p.restart_temperature and epoch >= begin + p.activation_epochs:
             begin += p.activation_epochs
         self.clock.fill_(max(epoch + 1 - begin, 1))
+        # a single threshold stands near zero, where only a steep sigmoid resembles a step
+        if p.activation_temperature is None and self.spec.bits > 1 and progress.total_epochs:
+            self.k = min(p.temperature, _LAST / max(progress.total_epochs - begin, 1))
 
     @property
     def _tied(self) -> bool:
@@ -492,7 +507,7 @@ class QNActivation(_Steps, ActivationQuantizer):
         return self._staircase(x, *self._limits(), self.params.activation_backward == "t1")
 
     def _limits(self) -> tuple[float, float]:
-        return self.params.activation_temperature or self.params.temperature, float("inf")
+        return self.k, float("inf")
 
     def grid_scale(self) -> Tensor:
         return self._scales()[0].detach().reshape(1)

@@ -13,7 +13,7 @@ from fat_plugins.errors import HostError
 from fat_plugins.recipes.deploy import Deployment, LayerRow
 from fat_plugins.recipes.report import RunReport, VariantResult
 
-COMMANDS = ("algorithms", "train", "export", "verify", "report", "summary", "demo")
+COMMANDS = ("algorithms", "train", "export", "verify", "report", "summary", "demo", "convert")
 
 
 def call(*args):

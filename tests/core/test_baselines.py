@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from references import dorefa_weight
@@ -139,6 +140,29 @@ def test_a_clip_search_begins_anew_where_the_grid_turns_signed(name, params):
     for each in (q, fresh):
         each.calibrate(x)
     assert q.signed and q.alpha.item() == fresh.alpha.item()
+
+
+def test_pact_clip_from_calibration():
+    def clip(*batches, **options):
+        q = activation("pact", 2, {"alpha": None}, **options)
+        for batch in batches:
+            q.calibrate(batch)
+        return q.alpha.item()
+
+    def error(x, alpha, low=0):
+        return ((x / alpha * 3).round().clamp(low, 3) * alpha / 3 - x).square().mean().item()
+
+    x = sample((4, 500)).abs()
+    best = min(error(x, a) for a in np.linspace(0.05, 1, 400) * x.max().item())
+    assert error(x, clip(x)) < 1.01 * best < 0.6 * error(x, x.max().item())
+    # the geometric mean over batches, of which those without a value say nothing
+    assert clip(x, 4 * x, 0 * x) == pytest.approx(2 * clip(x), rel=1e-5)
+    # a batch that turns the grid signed begins anew: three levels, not four
+    assert clip(x, -x) == pytest.approx(clip(-x), rel=1e-6)
+    assert clip(x, -x) != pytest.approx(clip(x), rel=1e-2)
+    q = activation("pact", 4, {"alpha": None}, signed=False)
+    q.calibrate_range(0.0, 3.0)
+    assert q.alpha.item() == 3
 
 
 # -- LSQ+ --------------------------------------------------------------------------------------------------------------

@@ -216,6 +216,35 @@ def test_phases(restart):
     assert not torch.equal(a.eval()(values), values)
 
 
+def test_activations_end_at_a_temperature_that_trains():
+    """Of a training of known length, unless K is given; one bit needs steep sigmoids beside zero."""
+    last = Progress(epoch=19, total_epochs=20)
+    for bits, params, expected in (
+        (3, {}, 40), (3, {"weight_epochs": 10}, 40), (3, {"temperature": 1.5}, 30),
+        (3, {"activation_temperature": 5.0}, 100), (1, {}, 200),
+    ):  # fmt: skip
+        q = activation(bits, params)
+        q.on_progress(last)
+        assert q.k * q.clock.item() == pytest.approx(expected)
+    q = activation(3)
+    q.on_progress(Progress(epoch=19))  # nobody knows how long it will be
+    assert q.k * q.clock.item() == 200
+    q.on_progress(Progress(epoch=1, total_epochs=2))  # never steeper than the weights
+    assert q.k * q.clock.item() == 20
+    # in force in the forward: one threshold at 1, T = 40
+    q = activation(2, {"weight_epochs": 0})
+    q.calibrate(torch.tensor([0.0, 1.0, 2.0, 3.0]))
+    q.on_progress(last)
+    with torch.no_grad():
+        q.alpha.fill_(1.0), q.beta.fill_(1.0)
+        q.set_thresholds(torch.tensor([1.0, 50.0, 60.0]))
+    assert q.train()(torch.tensor([1.05])).item() == pytest.approx(1 / (1 + np.exp(-40 * 0.05)), rel=1e-3)
+
+
+def test_batch_norms_need_the_hard_network():
+    assert weight(2).noisy and activation(2).noisy
+
+
 def test_a_second_phase_needs_a_first():
     with pytest.raises(ConfigError, match=r"layer: params\.activation_epochs 2 needs weight_epochs"):
         weight(2, {"activation_epochs": 2})
