@@ -251,3 +251,15 @@ def test_lsq_plus_offset_does_not_decay():
     groups = param_groups(q, 0.1, 5e-4)
     decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
     assert decay[id(q.beta)] == 0 and decay[id(q.step)] == 5e-4
+
+
+def test_minmax_follows_the_range_that_all_processes_see(monkeypatch):
+    quantizer = activation("minmax", 8)
+    quantizer.calibrate(torch.tensor([0.0, 1.0]))
+    distributed = torch.distributed
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_reduce", lambda t, op: t.clamp_min_(3.0))
+    momentum = quantizer.params.momentum
+    quantizer.train()(torch.tensor([0.0, 2.0]))
+    assert float(quantizer.largest) == pytest.approx(1 + (3 - 1) * momentum)

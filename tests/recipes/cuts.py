@@ -18,29 +18,30 @@ class Killed(BaseException):
 
 
 @contextmanager
-def cut_at(moment: int | None):
+def cut_at(moment: int | None = None, *, step: int | None = None):
     """Raise :class:`Killed` at a moment, counted over optimizer steps and moves of finished files into place.
 
-    :param moment: ``None`` only counts.
+    :param moment: number of the moment, or
+    :param step: of the optimizer step; with neither, moments are only counted.
     :return: a list; its length is the number of moments that passed.
     """
     passed: list[str] = []
-    step, move = Trainer._one_step, checkpoint.os.replace
+    one_step, move = Trainer._one_step, checkpoint.os.replace
 
     def watched(name, real):
         def call(*args, **kwargs):
-            if len(passed) == moment:
+            if len(passed) == moment or (name == "step" and passed.count("step") == step):
                 raise Killed(name)
             passed.append(name)
             return real(*args, **kwargs)
 
         return call
 
-    Trainer._one_step, checkpoint.os.replace = watched("step", step), watched("file", move)
+    Trainer._one_step, checkpoint.os.replace = watched("step", one_step), watched("file", move)
     try:
         yield passed
     finally:
-        Trainer._one_step, checkpoint.os.replace = step, move
+        Trainer._one_step, checkpoint.os.replace = one_step, move
 
 
 def contents(path: Path):

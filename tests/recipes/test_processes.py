@@ -92,12 +92,12 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, host):
         assert ("Run directory" in out) == (rank == 0)  # only the first one says and writes anything
         assert ("epoch 1/2" in err) == (rank == 0)
     train(load_recipe(recipe(tmp_path, host, 100)), tmp_path / "one")
-    # sums in another order now and then move a value over a rounding threshold
-    assert_close_runs(tmp_path / "one", tmp_path / "two", 2e-3)
+    # sums in another order: nothing more
+    assert_close_runs(tmp_path / "one", tmp_path / "two", 1e-4)
     one, two = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("one", "two"))
     assert abs(one["float"]["epochs"][0]["train_loss"] - two["float"]["epochs"][0]["train_loss"]) < 1e-5
     for a, b in zip(one["quantized"]["stages"][0]["epochs"], two["quantized"]["stages"][0]["epochs"], strict=True):
-        assert abs(a["train_loss"] - b["train_loss"]) < 1e-2
+        assert abs(a["train_loss"] - b["train_loss"]) < 1e-4
         assert a["lr"] == b["lr"]
 
 
@@ -116,7 +116,7 @@ def test_a_process_that_fails_ends_all_and_the_run_goes_on(tmp_path, toy_host):
     for code, _, err in start_two(tmp_path, *args, "--resume", words="toy"):
         assert code == 0, err
     train(load_recipe(recipe(tmp_path, "nncf", 100)), tmp_path / "one")
-    assert_close_runs(tmp_path / "one", tmp_path / "two", 2e-3)
+    assert_close_runs(tmp_path / "one", tmp_path / "two", 1e-4)
 
 
 def _trainer_and_state(run):

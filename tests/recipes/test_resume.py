@@ -108,12 +108,12 @@ ALGORITHMS = {
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_schedules_and_noise(load, tmp_path, name):
     recipe = load(SMALL.replace("lsq", ALGORITHMS[name]).replace("weights: {bits: 4}", "weights: {bits: 3}"))
-    with cut_at(None) as moments:
-        train(recipe, tmp_path / "whole")
-    steps = [i for i, what in enumerate(moments) if what == "step"]
-    for moment in (steps[3], steps[-1]):  # amid the first and the last epoch of fine-tuning
-        resumed(recipe, tmp_path / f"cut{moment}", moment, save_steps=1)
-        assert_same_run(tmp_path / "whole", tmp_path / f"cut{moment}")
+    train(recipe, tmp_path / "whole")
+    for step in (3, 5):  # amid the first and the last epoch of fine-tuning
+        with pytest.raises(Killed), cut_at(step=step):
+            train(recipe, tmp_path / f"cut{step}", options=Options(save_steps=1))
+        train(recipe, tmp_path / f"cut{step}", options=Options(resume=True))
+        assert_same_run(tmp_path / "whole", tmp_path / f"cut{step}")
 
 
 def test_finished_parts_are_not_done_again(load, tmp_path, toy_host):
