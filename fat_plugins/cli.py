@@ -264,6 +264,39 @@ def verify(
         raise typer.Exit(FAILED)
 
 
+@app.command()
+@_one_line_errors
+def report(
+    run: Run,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="The page; default: RUN/report.html.")
+    ] = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Its data; default: beside it, NAME_data.json.")
+    ] = None,
+    checkpoint: Which = None,
+) -> None:
+    """Write the report of a run: one HTML page that needs nothing else, and its data as JSON."""
+    from fat_plugins.report import write_report
+
+    for path in write_report(run, output, as_json, _which(checkpoint)):
+        typer.echo(path)
+
+
+@app.command()
+@_one_line_errors
+def summary(run: Run, checkpoint: Which = None, as_json: Json = False) -> None:
+    """What is quantized in the trained model of a run, and how, layer by layer."""
+    from fat_plugins.inspect import summary as summarize
+    from fat_plugins.recipes import load_run
+
+    found = summarize(load_run(run, _which(checkpoint)).model)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        _console().print(found)
+
+
 def _load(run: Path, checkpoint: str | None, format: str | None, path: Path | None) -> tuple[Any, list[Any]]:
     """The trained model of a run and the targets that a command means, all of them installed."""
     from fat_plugins.recipes import load_run, run_recipe

@@ -19,6 +19,7 @@ from fat_plugins.recipes.directory import RECIPE
 from fat_plugins.recipes.interrupt import Interrupted, Interrupts
 from fat_plugins.recipes.logs import JsonLines, Log, TensorBoard
 from fat_plugins.recipes.world import World, joined
+from fat_plugins.report import PAGE, available, write_report
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,22 @@ def execute(settings: Settings) -> tuple[RunReport, Path] | None:
                 if world.main:
                     typer.echo(_how_to_go_on(stop, settings, world), err=True)
                 raise
+            if world.main:
+                _write_report(target, reporter)
             reporter.say(f"done in {perf_counter() - start:.0f} s")
         return (report, target) if world.main else None
+
+
+def _write_report(directory: Path, reporter: Reporter) -> None:
+    """The page of the run, where its packages are installed."""
+    if not available():
+        return
+    try:
+        page, _ = write_report(directory)
+    except Exception as error:  # the training is complete: whatever a plot does, its results stay
+        reporter.say(f"no {PAGE}: {' '.join(str(error).split())}; try again with: fat-plugins report {directory}")
+    else:
+        reporter.say(f"report: {page}")
 
 
 def _planned(settings: Settings) -> tuple[Recipe, Path]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fat_plugins.clipping import ClipSearch, best_clip
 from fat_plugins.errors import ConfigError
+from fat_plugins.figures import Figure
 from fat_plugins.forms import Codebook, Form, Staircase, UniformGrid
 from fat_plugins.functional import dft_gate, fake_quantize, level_index, level_quantize, positive, standardize, wide
 from fat_plugins.functional import uniform_codes as codes_of
@@ -180,6 +181,24 @@ class FATWeight(WeightQuantizer):
             moved = standardize(weight.float())[0].movedim(self.spec.channel_axis, 0)
             spectrum = torch.fft.rfft(moved.reshape(moved.shape[0], -1), dim=1)
             return torch.sigmoid(self.transform.float() @ spectrum.abs())
+
+    @torch.no_grad()
+    def rounded(self, weight: Tensor) -> Tensor:
+        """The standardised and gated weight."""
+        return self._transformed(weight)[0]
+
+    def monitor(self, weight: Tensor | None = None) -> dict[str, float]:
+        """Also the clip, in standard deviations, and the mean of the gate."""
+        numbers = {**super().monitor(weight), "clip": float(positive(self.alpha.detach()))}
+        gate = None if weight is None else self.gate(weight)
+        return numbers if gate is None else {**numbers, "gate": float(gate.mean())}
+
+    def figures(self, weight: Tensor | None = None) -> list[Figure]:
+        """The gate over output channels and frequencies."""
+        gate = None if weight is None else self.gate(weight)
+        if gate is None:
+            return []
+        return [Figure.image("Gate in the frequency domain", gate, "frequency", "output channel", (0.0, 1.0))]
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Section 7.1 (CIFAR: 0.02 at a base of 0.04, decay 1e-4) or one group as the rest (7.2, ImageNet)."""

@@ -19,6 +19,7 @@ from fat_plugins.recipes.directory import BEST, LAST, checkpoint_path
 from fat_plugins.recipes.hooks import Part
 from fat_plugins.recipes.hosts import Host
 from fat_plugins.recipes.interrupt import Interrupts
+from fat_plugins.recipes.monitor import QuantizerLog
 from fat_plugins.recipes.progress import Reporter
 from fat_plugins.recipes.resume import RunState
 from fat_plugins.recipes.schema import BaselineSection, Recipe, TrainSection
@@ -133,7 +134,13 @@ class Variant:
 
         title = self.name if len(recipe.training.stages) == 1 else f"{self.name}, stage {number + 1}"
         trainer = context.trainer(
-            model, recipe.phase(stage), self.name, title, describe, controller=controller, parts=[keeper]
+            model,
+            recipe.phase(stage),
+            self.name,
+            title,
+            describe,
+            controller=controller,
+            parts=[keeper, QuantizerLog()],
         )
         context.reporter.about["stage"] = number
         if saved is not None:
