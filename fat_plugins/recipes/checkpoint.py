@@ -45,9 +45,12 @@ class Checkpoint:
     metrics: dict[str, Any] = field(default_factory=dict)
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], None], keep: Path | None = None) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then move it there; an earlier file survives a failure.
 
+    The file is on the disk before it is moved, so a power cut leaves either the old or the new one.
+
+    :param keep: where an earlier file is moved to instead of being replaced.
     :raises CheckpointError: the directory cannot be written.
     """
     try:
@@ -63,6 +66,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from None

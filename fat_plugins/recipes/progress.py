@@ -2,30 +2,61 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from fat_plugins.recipes.trainer import EpochRecord
 
 #: lines that a phase prints where no bar can be drawn
 LINES_PER_PHASE = 4
 
 
 class Phase:
-    """One phase of training, as the trainer reports it."""
+    """One phase of training, as the trainer reports it.
 
-    def __init__(self, reporter: Reporter, title: str, epochs: int, bar: Progress | None, task: TaskID | None) -> None:
-        self._reporter, self._title, self._epochs, self._bar, self._task = reporter, title, epochs, bar, task
+    :param epochs, steps: planned, and optimizer steps per epoch.
+    """
 
-    def step(self, epoch: float, loss: float, accuracy: float) -> None:
-        """:param epoch: epochs done, with fraction; loss and accuracy (0 to 1) are those of the running epoch."""
+    def __init__(
+        self, reporter: Reporter, title: str, epochs: int, steps: int, bar: Progress | None, task: TaskID | None
+    ) -> None:
+        self._reporter, self._title, self._epochs, self._steps = reporter, title, epochs, steps
+        self._bar, self._task = bar, task
+        self._begun: tuple[int, int, float] | None = None
+        self._speed: float | None = None
+
+    def step(self, epoch: int, step: int, loss: float, accuracy: float, images: int) -> None:
+        """Steps of an epoch are done.
+
+        :param epoch, step: epochs done, and steps of this one.
+        :param loss, accuracy: mean over this epoch (accuracy 0 to 1).
+        :param images: images of this epoch so far.
+        """
+        now = time.monotonic()
+        if self._begun is None or self._begun[0] != epoch:
+            self._begun = (epoch, images, now)
+        elif now > self._begun[2]:
+            self._speed = (images - self._begun[1]) / (now - self._begun[2])
         if self._bar is not None:
-            self._bar.update(self._task, completed=epoch, values=f"loss {loss:.3f}  train acc {accuracy:6.2%}")
+            values = f"loss {loss:.3f}  train acc {accuracy:6.2%}{self._images_per_second()}"
+            self._bar.update(self._task, completed=epoch + step / self._steps, values=values)
 
-    def epoch(self, done: int, loss: float, accuracy: float, held_out: float) -> None:
-        """An epoch is over; ``held_out`` is the accuracy on the validation images."""
-        values = f"loss {loss:.3f}  train acc {accuracy:6.2%}  val acc {held_out:6.2%}"
+    def _images_per_second(self) -> str:
+        return "" if self._speed is None else f"  {self._speed:,.0f} images/s"
+
+    def epoch(self, record: EpochRecord) -> None:
+        """An epoch is over."""
+        done = record.epoch + 1
+        values = (
+            f"loss {record.train_loss:.3f}  train acc {record.train_accuracy:6.2%}  "
+            f"val acc {record.validation_accuracy:6.2%}{self._images_per_second()}"
+        )
         if self._bar is not None:
             self._bar.update(self._task, completed=done, values=values)
             return
@@ -51,17 +82,21 @@ class Reporter:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
-    def phase(self, title: str, epochs: int) -> Iterator[Phase]:
-        """Follow one phase of training."""
+    def phase(self, title: str, epochs: int, steps: int, done: int = 0) -> Iterator[Phase]:
+        """Follow one phase of training.
+
+        :param steps: per epoch.
+        :param done: epochs that an earlier run did.
+        """
         if self.quiet or not self.console.is_terminal:
-            yield Phase(self, title, epochs, None, None)
+            yield Phase(self, title, epochs, steps, None, None)
             return
         columns = (
             TextColumn("{task.description:<24}"),
             BarColumn(bar_width=24),
             TextColumn("epoch {task.completed:.0f}/{task.total}"),
             TextColumn("{task.fields[values]}"),
-            TimeElapsedColumn(),
+            TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console) as bar:
-            yield Phase(self, title, epochs, bar, bar.add_task(title, total=epochs, values=""))
+            yield Phase(self, title, epochs, steps, bar, bar.add_task(title, total=epochs, completed=done, values=""))

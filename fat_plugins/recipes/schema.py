@@ -196,7 +196,6 @@ class TrainSection(Section):
         "noise, so that the statistics of training are those of another network.",
     )
     norm_batches: int = Field(32, ge=1, description="Training batches that do so.")
-    max_steps: int | None = Field(None, ge=1, description="End every phase after that many steps, to try a recipe out.")
 
 
 class StageTensor(Section):

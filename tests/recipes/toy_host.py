@@ -29,6 +29,12 @@ class Scheduler:
     def epoch_step(self) -> None:
         self.epochs += 1
 
+    def get_state(self) -> dict:
+        return dict(vars(self))
+
+    def load_state(self, state: dict) -> None:
+        vars(self).update(state)
+
 
 class ToyHost:
     """Quantizes weights only; remembers what it was asked."""
