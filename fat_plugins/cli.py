@@ -121,6 +121,24 @@ def algorithms(as_json: Json = False) -> None:
 
 @app.command()
 @_one_line_errors
+def recipes(as_json: Json = False) -> None:
+    """List the recipes that come with the package; each is trained by its name."""
+    from fat_plugins.recipes.loader import list_recipes
+
+    rows = list_recipes()
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table()
+    for column in ("name", "about"):
+        table.add_column(column, overflow="fold", no_wrap=column == "name")
+    for row in rows:
+        table.add_row(row["name"], row["about"])
+    _console().print(table)
+
+
+@app.command()
+@_one_line_errors
 def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Run directory; default: runs/<name>.")] = None,
@@ -241,7 +259,7 @@ def verify(
     loaded, targets = _load(run, checkpoint, format, model)
     settings = loaded.recipe.export
     count = samples or (settings.verify_samples if settings is not None else 64)
-    frozen, images = loaded.host.freeze(loaded.model), loaded.data.test.tensors[0][:count]
+    frozen, images = loaded.host.freeze(loaded.model), loaded.data.images("test", count)[0]
     reports = {}
     for target in targets:
         path = model or model_path(run, target)

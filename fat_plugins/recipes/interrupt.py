@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 
@@ -13,12 +14,14 @@ class Interrupted(KeyboardInterrupt):
     """The run was told to stop.
 
     :ivar signal: number of the signal; a process that it ends has exit code 128 + that.
+    :ivar directory: of the run, once that is known.
     :ivar at_once: it was told so twice, and did not wait for the end of a step: what is in memory may be half done.
     """
 
     def __init__(self, number: int, at_once: bool = False) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.signal, self.at_once = int(number), at_once
+        self.directory: Path | None = None
 
 
 class Interrupts:

@@ -39,6 +39,19 @@ def shipped() -> dict[str, Path]:
     return {p.relative_to(folder).with_suffix("").as_posix(): p for p in paths}
 
 
+def list_recipes() -> list[dict[str, str]]:
+    """Name, path and first sentence of the opening comment of every shipped recipe."""
+    rows = []
+    for name, path in shipped().items():
+        comment = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if not line.startswith("#"):
+                break
+            comment.append(line[1:].strip())
+        rows.append({"name": name, "path": str(path), "about": re.split(r"(?<=[.:]) ", " ".join(comment))[0]})
+    return rows
+
+
 def find_recipe(name: str | Path) -> Path:
     """Path of a recipe file, or of a shipped recipe by its name.
 

@@ -370,6 +370,8 @@ class Trainer:
         with ExitStack() as stack:
             for part in self.parts:
                 stack.enter_context(part.evaluated(self.model))
+            if self.parts:  # which may have brought statistics of this process only
+                self.world.same_buffers(self.model)
             anew = self.section.reestimate_norms
             if anew is True or (anew == "auto" and has_noise(self.model)):
                 loader = self.data.calibration_loader(self.batch_size)
