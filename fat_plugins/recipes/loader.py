@@ -48,7 +48,7 @@ def list_recipes() -> list[dict[str, str]]:
             if not line.startswith("#"):
                 break
             comment.append(line[1:].strip())
-        rows.append({"name": name, "path": str(path), "about": re.split(r"(?<=[.:]) ", " ".join(comment))[0]})
+        rows.append({"name": name, "path": str(path), "about": re.split(r"(?<=\.) ", " ".join(comment))[0]})
     return rows
 
 
