@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
 from typing import Annotated, Any
 
 import typer
@@ -119,6 +118,11 @@ def algorithms(as_json: Json = False) -> None:
     _console().print(table)
 
 
+Seeds = Annotated[list[int] | None, typer.Option("--seed", min=0, help="Seed; give it again for more.")]
+Epochs = Annotated[int | None, typer.Option(min=0, help="Fine-tuning epochs, of every stage.")]
+PretrainEpochs = Annotated[int | None, typer.Option(min=0, help="Epochs of float training.")]
+
+
 @app.command()
 @_one_line_errors
 def recipes(as_json: Json = False) -> None:
@@ -140,71 +144,71 @@ def recipes(as_json: Json = False) -> None:
 @app.command()
 @_one_line_errors
 def train(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")],
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe; not with --resume."),
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Run directory; default: runs/<name>.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=0, help="Fine-tuning epochs, of every stage.")] = None,
-    pretrain_epochs: Annotated[int | None, typer.Option(min=0, help="Epochs of float training.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(min=0, help="Seed; give it again for more.")] = None,
+    epochs: Epochs = None,
+    pretrain_epochs: PretrainEpochs = None,
+    seed: Seeds = None,
     overwrite: Overwrite = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the directory, exactly.")] = False,
+    save_every: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="STEPS", help="Save the state this often, beside every epoch and 5 minutes."),
+    ] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps of every phase at most, to try a recipe out.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda; auto: cuda if there is one.")] = "auto",
+    log_json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Append events and epochs to FILE, one JSON object per line.")
+    ] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write curves for TensorBoard, which must be installed.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train a recipe: float, quantized, baselines; then export, verify and report."""
-    _train(recipe, output, epochs, pretrain_epochs, seed, overwrite, quiet)
+    """Train a recipe: float, quantized, baselines; then export, verify and report.
+
+    On several devices: torchrun --nproc-per-node N -m fat_plugins train RECIPE.
+    """
+    from fat_plugins.cli_train import Settings
+
+    _train(
+        Settings(
+            recipe, output, epochs, pretrain_epochs, seed, overwrite, quiet, resume, save_every, max_steps, device,
+            log_json, tensorboard,
+        )
+    )  # fmt: skip
 
 
 @app.command()
 @_one_line_errors
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Run directory.")] = Path("runs/demo"),
-    seed: Annotated[list[int] | None, typer.Option(min=0, help="Seed; give it again for more.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=0, help="Fine-tuning epochs.")] = None,
-    pretrain_epochs: Annotated[int | None, typer.Option(min=0, help="Epochs of float training.")] = None,
+    seed: Seeds = None,
+    epochs: Epochs = None,
+    pretrain_epochs: PretrainEpochs = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     """The main job on real handwritten digits: FAT and LSQ at 4 bits, exported and verified, in about two minutes."""
-    _train("digits_fat_w4a4", output, epochs, pretrain_epochs, seed, overwrite, quiet)
+    from fat_plugins.cli_train import Settings
+
+    _train(Settings("digits_fat_w4a4", output, epochs, pretrain_epochs, seed, overwrite, quiet))
 
 
-def _train(
-    name: str,
-    output: Path | None,
-    epochs: int | None,
-    pretrain_epochs: int | None,
-    seeds: list[int] | None,
-    overwrite: bool,
-    quiet: bool,
-) -> None:
-    from fat_plugins.recipes import Reporter, load_recipe
-    from fat_plugins.recipes import train as run
+def _train(settings: Any) -> None:
+    from fat_plugins.cli_train import execute, show
+    from fat_plugins.recipes.interrupt import Interrupted
 
-    recipe = load_recipe(name)
-    if epochs is not None:
-        recipe.training.epochs = epochs
-        for stage in recipe.training.stages:
-            stage.epochs = None
-    if pretrain_epochs is not None:
-        recipe.pretrain.epochs = pretrain_epochs
-    if seeds:
-        if len(set(seeds)) != len(seeds):
-            raise ConfigError(f"--seed: {seeds} repeat each other")
-        recipe.seeds = list(seeds)
-    target = output or Path("runs") / recipe.name
-    reporter, start = Reporter(quiet), perf_counter()
-    report = run(recipe, target, overwrite=overwrite, reporter=reporter)
-    reporter.say(f"done in {perf_counter() - start:.0f} s")
-    console = _console()
-    for table in report.tables(console.width):
-        console.print(table)
-    for key, value in report.facts.items():
-        console.print(f"{key}: {value}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"Run directory: {target}", markup=False, highlight=False, soft_wrap=True)
-    if not report.verified:
-        for result in report.results:
-            for deployment in result.deployments:
-                if deployment.verified is False:
-                    what = f"{result.algorithm}, seed {result.seed}, {deployment.path}"
-                    typer.echo(f"failed: {what}: codes differ first in {deployment.first_difference}", err=True)
+    try:
+        done = execute(settings)
+    except Interrupted as stop:
+        raise typer.Exit(128 + stop.signal) from None
+    if done is not None and not show(*done, _console()):
         raise typer.Exit(FAILED)
 
 

@@ -97,18 +97,23 @@ def train(
             if world.main:
                 write_text(target / RECIPE, dump_recipe(recipe))
             state.begin()
+        reporter.event("start", recipe=recipe.name, directory=str(target), resumed=options.resume, seeds=recipe.seeds)
         try:
             for i, seed in enumerate(recipe.seeds):
                 context.seed = seed
                 _run_seed(context, target if i == 0 else target / "seeds" / str(seed))
-        except Interrupted as stop:
-            stop.directory = target
+        except BaseException as error:
+            if isinstance(error, Interrupted):
+                error.directory = target
+            reporter.event("end", status="interrupted" if isinstance(error, Interrupted) else "failed")
             raise
         report = _collected(recipe, data, versions(host, targets), state.results)
         if world.main:
             write_json(target / REPORT, report.to_dict())
             write_text(target / "results.md", report.to_markdown())
         state.close()
+        reporter.about = {}
+        reporter.event("end", status="complete", verified=report.verified)
     return report
 
 
@@ -159,6 +164,9 @@ def _run_seed(context: Context, directory: Path) -> None:
         if context.world.main:
             write_json(target / "metrics.json", {"seed": context.seed, "float": metrics, "quantized": quantized})
         context.state.add(result)
+        files = [{"format": d.format, "accuracy": d.accuracy, "verified": d.verified} for d in result.deployments]
+        context.reporter.about = {"variant": name, "seed": context.seed}
+        context.reporter.event("result", test_accuracy=result.accuracy, deployments=files)
 
 
 def _float_model(context: Context, path: Path) -> tuple[nn.Module, dict[str, Any]]:

@@ -250,6 +250,7 @@ class Trainer:
             self._announce()
             if self.controller is not None:
                 self.before = self._held_out_before()
+                self.reporter.event("before_training", phase=self.title, **self.before)
         self._forward = self.world.parallel(self.model)
         with self.reporter.phase(self.title, self.epochs, self.steps, self.epoch) as phase:
             while self.epoch < self.epochs:

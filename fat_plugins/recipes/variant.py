@@ -76,6 +76,7 @@ class Context:
         def write(state: dict[str, Any]) -> None:
             self.state.save(self.seed, name, {**describe(), "trainer": state})
 
+        self.reporter.about = {"variant": name, "seed": self.seed}
         return Trainer(
             model,
             self.data,
@@ -134,6 +135,7 @@ class Variant:
         section = recipe.phase(stage)
         parts = [*parts_of(section, model, float_model), keeper]
         trainer = context.trainer(model, section, self.name, title, describe, controller=controller, parts=parts)
+        context.reporter.about["stage"] = number
         if saved is not None:
             trainer.load_state_dict(saved["trainer"], str(context.state.path))
         records = trainer.run()

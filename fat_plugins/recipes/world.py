@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from fat_plugins.errors import ConfigError
+from fat_plugins.errors import ConfigError, FatPluginsError
 from fat_plugins.quantizer import broadcast_state, named_quantizers
 from fat_plugins.recipes.state import from_bytes, to_bytes
 
 DEVICES = ("auto", "cpu", "cuda")
-#: how long processes wait for the first one, which exports and verifies alone
-_PATIENCE = timedelta(days=7)
+#: key of the store that the first process to fail sets
+_FAILED = "failed"
+#: seconds between two looks for a message of the first process
+_POLL = 0.05
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -100,8 +105,10 @@ class World:
         if self.size == 1:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
-        # buffers are the business of quantizers and of same_buffers
-        return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+        # buffers are the business of quantizers and of same_buffers; torch 2.13 has a new name for that option
+        known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+        option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        return nn.parallel.DistributedDataParallel(model, device_ids=devices, **{option: False})
 
     @torch.no_grad()
     def same_buffers(self, model: nn.Module) -> None:
@@ -120,7 +127,10 @@ class World:
         if self.main:
             self._store.set(key, json.dumps(value))
             return value
-        self._store.wait([key], _PATIENCE)
+        while not self._store.check([key]):  # in short steps, so that signals are noticed
+            if self._store.check([_FAILED]):
+                raise FatPluginsError("another process failed")
+            time.sleep(_POLL)
         return json.loads(self._store.get(key))
 
     def first_to_fail(self) -> bool:
@@ -128,7 +138,7 @@ class World:
         if self.size == 1:
             return True
         try:
-            return self._store.add("failed", 1) == 1
+            return self._store.add(_FAILED, 1) == 1
         except RuntimeError:  # the process that kept the store is gone
             return False
 
@@ -147,6 +157,8 @@ def joined(device: str = "auto") -> Iterator[World]:
         return
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    # about the layout of weights with one input channel: it costs time where there is none to lose
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     store, rank, size = next(distributed.rendezvous("env://"))
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     distributed.init_process_group(

@@ -140,13 +140,13 @@ def runs(monkeypatch):
     """Replaces training; remembers the recipes that it was given."""
     seen = []
 
-    def fake(recipe, directory, *, overwrite, reporter):
+    def fake(recipe, directory, *, overwrite, reporter, options, world, interrupts):
         seen.append((recipe, directory, overwrite, reporter.quiet))
         return report(fake.verified)
 
     fake.verified = True
     fake.seen = seen
-    monkeypatch.setattr("fat_plugins.recipes.train", fake)
+    monkeypatch.setattr("fat_plugins.cli_train.run", fake)
     return fake
 
 
