@@ -236,7 +236,7 @@ def load_recipe(name: str | Path, settings: Iterable[str] = ()) -> Recipe:
         recipe = Recipe.model_validate(_merge_keys(raw, changes))
     except ValidationError as error:
         loc = tuple(first_error(error)["loc"])
-        place = "--set" if _given(changes, loc) else None
+        place = "--set" if _given(changes, loc, places) else None
         while place is None and loc:
             place, loc = places.get(loc), loc[:-1]
         raise ConfigError(f"{place or f'{path}:1'}: {explain(error, Recipe)}") from None
@@ -247,15 +247,16 @@ def load_recipe(name: str | Path, settings: Iterable[str] = ()) -> Recipe:
     return recipe
 
 
-def _given(changes: Any, loc: tuple) -> bool:
-    """Whether the key at ``loc`` was given as a setting."""
+def _given(changes: Any, loc: tuple, places: dict[tuple, str]) -> bool:
+    """Whether the key at ``loc`` comes from a setting."""
+    known = loc in places
     for part in loc:
         if not isinstance(changes, dict):
             return True  # within a value that was set
         if part not in changes:
             return False
         changes = changes[part]
-    return not isinstance(changes, dict)
+    return not known or not isinstance(changes, dict)
 
 
 def dump_recipe(recipe: Recipe) -> str:

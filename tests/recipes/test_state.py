@@ -96,7 +96,7 @@ def test_truncated_file_falls_back_with_a_warning(tmp_path):
 def test_no_readable_file_is_an_error(tmp_path):
     file = StateFile(tmp_path / "training.safetensors")
     file.path.write_bytes(b"no")
-    with pytest.raises(CheckpointError, match="training.safetensors: not a readable"):
+    with pytest.raises(CheckpointError, match=r"training\.safetensors: not a readable"):
         file.load(pytest.fail)
 
 
