@@ -94,9 +94,9 @@ def check_model(name: str) -> None:
     if name in MODELS:
         return
     try:
-        models = torchvision(f"model {name!r}, unless it is misspelt,", "models")
+        models = torchvision(f"model {name!r}", "models")
     except ConfigError as error:
-        raise ConfigError(f"{unknown('model', name, MODELS)}; or {error}") from None
+        raise ConfigError(f"{unknown('model', name, MODELS)}; torchvision's models are out of reach: {error}") from None
     known = models.list_models(module=models)
     if name not in known:
         close = nearest(name, [*MODELS, *known])
