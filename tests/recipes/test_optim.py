@@ -60,7 +60,7 @@ def factors(epochs, at, **section):
     [
         ({"name": "constant"}, [1, 1, 1, 1]),
         ({"name": "linear"}, [1, 0.75, 0.25, 0]),
-        ({"name": "linear", "hold_epochs": 6}, [1, 1, 0.5, 0]),
+        ({"name": "linear", "hold_epochs": 4}, [1, 1, 0.5, 0]),
         ({"name": "linear", "final": 0.5}, [1, 0.875, 0.625, 0.5]),
         ({"name": "polynomial"}, [1, 0.5625, 0.0625, 0]),
         ({"name": "polynomial", "power": 3.0}, [1, 0.421875, 0.015625, 0]),
@@ -76,9 +76,11 @@ def test_course_of_the_rate(section, wanted):
 def test_one_cycle_is_that_of_torch():
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=101, cycle_momentum=False)
-    for step in range(100):
-        assert lr_factor(ScheduleSection(name="onecycle"), 100, step) == pytest.approx(cycle.get_last_lr()[0], abs=0.02)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=1001, cycle_momentum=False)
+    for step in range(1000):
+        assert lr_factor(ScheduleSection(name="onecycle"), 1000, step) == pytest.approx(
+            cycle.get_last_lr()[0], abs=0.01
+        )
         optimizer.step()
         cycle.step()
 

@@ -109,7 +109,7 @@ def test_distillation_is_the_formula(alpha, temperature):
     p = (teacher(images) / temperature).softmax(1)
     kl = (p * (p.log() - (logits / temperature).log_softmax(1))).sum(1).mean()
     wanted = (1 - alpha) * cross_entropy(logits, labels) + alpha * temperature**2 * kl
-    assert float(total) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(total.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
     total.backward()
     assert logits.grad.abs().sum() > 0
     assert teacher.weight.grad is None
@@ -131,8 +131,9 @@ def test_student_comes_to_agree_with_its_teacher(data):
     trainer(teacher, data, section(6), batch_size=64).run()
     kept = deepcopy(teacher.state_dict())
     student = model(1)
+    before = agreement(student)
     trainer(student, data, section(6, distillation={"alpha": 1.0}), teacher, batch_size=64).run()
-    assert agreement(student) > 0.7
+    assert agreement(student) > before + 0.3
     assert same(teacher.state_dict(), kept)
 
 
@@ -202,8 +203,8 @@ class Cut(Exception):
 
 def test_training_with_all_parts_resumes_bit_for_bit(data):
     part = section(
-        2, ema={"decay": 0.95}, distillation={"alpha": 0.5, "temperature": 2.0}, clip_norm=1.0, accumulate=2, amp="bf16",
-        reestimate_norms=True, norm_batches=2,
+        2, ema={"decay": 0.95}, distillation={"alpha": 0.5, "temperature": 2.0}, clip_norm=1.0, accumulate=2,
+        amp="bf16", reestimate_norms=True, norm_batches=2,
     )  # fmt: skip
     teacher = model(3)
     whole = model()
