@@ -88,6 +88,9 @@ class RunState:
         :raises CheckpointError: the state is damaged.
         """
         path = self.directory / "run.json"
+        if self.writes:
+            for unfinished in self.directory.parent.rglob(".*.tmp"):  # files that a kill left half-written
+                unfinished.unlink(missing_ok=True)
         if not path.is_file():  # cut before anything was done
             return self.begin()
         found = _read(path)

@@ -375,8 +375,8 @@ class Trainer:
                 self.world.same_buffers(self.model)
             anew = self.section.reestimate_norms
             if anew is True or (anew == "auto" and has_noise(self.model)):
-                loader = self.data.calibration_loader(self.batch_size)
-                reestimate_batch_norms(self.model, loader, self.section.norm_batches)
+                batches = self.data.calibration_loader(self.batch_size * self.world.size)
+                reestimate_batch_norms(self.model, batches, self.section.norm_batches)
             held_out = evaluate(self.model, self.data.validation_loader(), self.world)
             record = EpochRecord(self.epoch, lr, loss / count, correct / count, *held_out)
             for part in self.parts:

@@ -119,7 +119,8 @@ class Variant:
         controller, model = context.host.compress(
             deepcopy(float_model),
             config,
-            data.calibration_loader(recipe.data.batch_size),
+            # what one process with the batch of all would see
+            data.calibration_loader(recipe.data.batch_size * context.world.size),
             data.example,
             compression_state=None if saved is None else saved["compression_state"],
         )
