@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,12 @@ def read(path: Path) -> dict[str, Tensor]:
         if path.suffix not in _TORCH:
             state: Any = load_file(str(path))
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's guesses about foreign files, which an error follows
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"model.weights: {path}: not readable: {str(error).splitlines()[0]}") from None
+        what = [*str(error).splitlines(), "it is cut off"][0]
+        raise CheckpointError(f"model.weights: {path}: not readable: {what}") from None
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"model.weights: {path}: not a file of tensors (or it would run code when it is read): save the state dict "

@@ -28,8 +28,8 @@ def layers(net):
         (lambda: ResNet(9, 3, 10, shortcut="pad"), 853_018, 56),  # 0.85 million
         (lambda: ResNet(3, 3, 10), 272_474, 22),
         (lambda: MobileNetV2(3, 10), 2_236_682, 53),
-        (lambda: VGGSmall((3, 32, 32), 10), 4_656_010, 7),
-        (lambda: VGGSmall((3, 32, 32), 10, hidden=1024), 12_974_090, 8),
+        (lambda: VGGSmall((3, 32, 32), 10), 4_660_106, 7),
+        (lambda: VGGSmall((3, 32, 32), 10, hidden=1024), 12_978_058, 8),
     ],
 )
 def test_sizes_are_the_known_ones(net, parameters, weighted):
