@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,7 @@ class Settings:
     device: str = "auto"
     log_json: Path | None = None
     tensorboard: Path | None = None
+    changes: Sequence[str] = ()
 
 
 def execute(settings: Settings) -> tuple[RunReport, Path] | None:
@@ -95,7 +96,7 @@ def _planned(settings: Settings) -> tuple[Recipe, Path]:
         if not (settings.output / RECIPE).is_file():
             raise ConfigError(f"--resume: {settings.output} holds no run (no {RECIPE}); start one without --resume")
         name = str(settings.output / RECIPE)
-    recipe = load_recipe(name)
+    recipe = load_recipe(name, settings.changes)
     if settings.epochs is not None:
         recipe.training.epochs = settings.epochs
         for stage in recipe.training.stages:
