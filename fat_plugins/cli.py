@@ -307,21 +307,24 @@ def report(
         Path | None, typer.Option("--json", metavar="FILE", help="Its data; default: beside it, NAME_data.json.")
     ] = None,
     checkpoint: Which = None,
+    allow_import: AllowImport = None,
 ) -> None:
     """Write the report of a run: one HTML page that needs nothing else, and its data as JSON."""
     from fat_plugins.report import write_report
 
+    _allow(allow_import)
     for path in write_report(run, output, as_json, _which(checkpoint)):
         typer.echo(path)
 
 
 @app.command()
 @_one_line_errors
-def summary(run: Run, checkpoint: Which = None, as_json: Json = False) -> None:
+def summary(run: Run, checkpoint: Which = None, as_json: Json = False, allow_import: AllowImport = None) -> None:
     """What is quantized in the trained model of a run, and how, layer by layer."""
     from fat_plugins.inspect import summary as summarize
     from fat_plugins.recipes import load_run
 
+    _allow(allow_import)
     found = summarize(load_run(run, _which(checkpoint)).model)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
