@@ -143,9 +143,9 @@ def test_page_needs_nothing_from_outside(run):
 
 
 def test_labels_of_plots_are_not_rounded(run):
-    values = [v["values"]["clip"][0] for v in numbers(run)["over_time"] if "clip" in v["values"]]
-    assert values  # the plot of these has ticks such as 2.998
-    ticks = re.findall(r">(2\.\d+|3\.\d+)<", page(run))
+    values = [v["values"]["clip"] for v in numbers(run)["over_time"] if "clip" in v["values"]]
+    assert values  # they hardly move in so short a run: ticks such as 0.234
+    ticks = re.findall(r">(\d\.\d+)<", page(run))
     assert len({t for t in ticks if len(t) >= 5}) > 2
 
 
