@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from fat_plugins.errors import ConfigError, FatPluginsError
 from fat_plugins.recipes import Options, Recipe, Reporter, RunReport, load_recipe
 from fat_plugins.recipes import train as run
 from fat_plugins.recipes.directory import RECIPE
+from fat_plugins.recipes.imports import allowed
 from fat_plugins.recipes.interrupt import Interrupted, Interrupts
 from fat_plugins.recipes.logs import JsonLines, Log, TensorBoard
 from fat_plugins.recipes.world import World, joined
@@ -146,8 +148,9 @@ def _how_to_go_on(stop: Interrupted, settings: Settings, world: World) -> str:
     if stop.directory is None:
         return "interrupted: nothing was trained yet"
     program = "fat-plugins" if world.size == 1 else f"torchrun --nproc-per-node {world.size} -m fat_plugins"
-    steps = "" if settings.max_steps is None else f" --max-steps {settings.max_steps}"
-    return f"interrupted: go on with: {program} train --resume --output {stop.directory}{steps}"
+    more = "" if settings.max_steps is None else f" --max-steps {settings.max_steps}"
+    more += "".join(f" --allow-import {module}" for module in allowed())
+    return f"interrupted: go on with: {program} train --resume --output {shlex.quote(str(stop.directory))}{more}"
 
 
 def show(report: RunReport, target: Path, console: Any) -> bool:

@@ -26,6 +26,11 @@ def allow(*modules: str) -> None:
     _allowed.update(modules)
 
 
+def allowed() -> list[str]:
+    """Modules that :func:`allow` has permitted."""
+    return sorted(_allowed)
+
+
 def check_name(name: str, key: str) -> None:
     """Refuse what is not ``module:function``; nothing is imported.
 

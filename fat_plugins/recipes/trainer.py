@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import signal
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -29,7 +28,7 @@ from fat_plugins.recipes.optim import lr_factor, make_optimizer
 from fat_plugins.recipes.parts import Precision
 from fat_plugins.recipes.progress import Phase, Reporter
 from fat_plugins.recipes.schema import TrainSection
-from fat_plugins.recipes.state import random_state, seed_everything, set_random_state
+from fat_plugins.recipes.state import Saving, random_state, seed_everything, set_random_state
 from fat_plugins.recipes.world import World
 
 #: steps between two readings of the running loss, each of which waits for the device
@@ -84,34 +83,6 @@ def evaluate(model: nn.Module, loader: DataLoader, world: World | None = None) -
     if count == 0:
         raise FatPluginsError("evaluation: the data loader gives no batch")
     return loss / count, correct / count
-
-
-@dataclass
-class Saving:
-    """When the state of a training is saved, and where to. It always is at the end of an epoch.
-
-    :param write: gets :meth:`Trainer.state_dict`.
-    :param steps: also every so many optimizer steps.
-    :param seconds: also when that much time has passed.
-    """
-
-    write: Callable[[dict[str, Any]], None]
-    steps: int | None = None
-    seconds: float | None = None
-    _last: float = field(default_factory=time.monotonic)
-
-    def by_step(self, step: int) -> bool:
-        """Whether this optimizer step (counted from 1) is one of those."""
-        return bool(self.steps) and step % self.steps == 0
-
-    def by_time(self) -> bool:
-        """Whether enough time has passed."""
-        return self.seconds is not None and time.monotonic() - self._last >= self.seconds
-
-    def save(self, trainer: Trainer) -> None:
-        """Save now."""
-        self.write(trainer.state_dict())
-        self._last = time.monotonic()
 
 
 class Trainer:
@@ -278,9 +249,12 @@ class Trainer:
         """Tell a scheduler how long training will be, if it has room for that (some schedules need it)."""
         if self.controller is None:
             return
-        for name, value in (("total_epochs", self.epochs), ("total_steps", self.total_steps)):
-            if hasattr(self.controller.scheduler, name):
-                setattr(self.controller.scheduler, name, value)
+        scheduler = self.controller.scheduler
+        # NNCF 2 drives several algorithms through one scheduler that knows theirs
+        for each in (scheduler, *getattr(scheduler, "child_schedulers", ())):
+            for name, value in (("total_epochs", self.epochs), ("total_steps", self.total_steps)):
+                if hasattr(each, name):
+                    setattr(each, name, value)
 
     def _held_out_before(self) -> dict[str, float | None]:
         loss, accuracy = evaluate(self.model, self.data.validation_loader(), self.world)

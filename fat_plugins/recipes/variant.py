@@ -24,8 +24,8 @@ from fat_plugins.recipes.parts import parts_of
 from fat_plugins.recipes.progress import Reporter
 from fat_plugins.recipes.resume import RunState
 from fat_plugins.recipes.schema import BaselineSection, Recipe, TrainSection
-from fat_plugins.recipes.state import seed_everything
-from fat_plugins.recipes.trainer import EpochRecord, Saving, Trainer
+from fat_plugins.recipes.state import Saving, seed_everything
+from fat_plugins.recipes.trainer import EpochRecord, Trainer
 from fat_plugins.recipes.world import World
 
 
