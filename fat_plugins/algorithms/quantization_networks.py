@@ -5,9 +5,9 @@ with the epoch; in evaluation the sigmoids are steps. ``alpha`` and ``beta`` are
 once. No straight-through estimator: the gradient is that of the soft function. Sections quoted below are those of the
 project's Quantization Networks specification.
 
-Choices of our own where paper and code say nothing: how fast activations harden, signed ones take the weights' form, activations with
-``uniform_thresholds`` tie ``beta`` to ``1/alpha``, thresholds keep a least distance, and ``alpha`` and ``beta`` stay
-positive.
+Choices of our own where paper and code say nothing: how fast activations harden, signed ones take the weights' form,
+activations with ``uniform_thresholds`` tie ``beta`` to ``1/alpha``, thresholds keep a least distance, and ``alpha`` and
+``beta`` stay positive.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class QNParams(Params):
     activation_temperature: float | None = Field(
         None,
         gt=0,
-        description="K of the activations; null: that of the weights, or less, so that T ends at 40 where the length of "
-        "the training is known (above one bit).",
+        description="K of the activations; null: that of the weights, or less, so that T ends at 40 in a training of "
+        "known length (above one bit).",
     )
     backward: Literal["auto", "true", "t1"] = Field(
         "auto",
