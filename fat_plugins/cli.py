@@ -83,6 +83,10 @@ Which = Annotated[
 Format = Annotated[
     str | None, typer.Option("--format", "-f", help="openvino, qonnx or onnx; default: what the recipe names.")
 ]
+AllowImport = Annotated[
+    list[str] | None,
+    typer.Option(metavar="MODULE", help="Let the recipe run functions of this module or package of yours; repeatable."),
+]
 Run = Annotated[
     Path, typer.Argument(metavar="RUN", help="Directory of a run, e.g. runs/demo or runs/demo/baselines/lsq.")
 ]
@@ -125,6 +129,24 @@ PretrainEpochs = Annotated[int | None, typer.Option(min=0, help="Epochs of float
 
 @app.command()
 @_one_line_errors
+def recipes(as_json: Json = False) -> None:
+    """List the recipes that come with the package; each is trained by its name."""
+    from fat_plugins.recipes.loader import list_recipes
+
+    rows = list_recipes()
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table()
+    for column in ("name", "about"):
+        table.add_column(column, overflow="fold", no_wrap=column == "name")
+    for row in rows:
+        table.add_row(row["name"], row["about"])
+    _console().print(table)
+
+
+@app.command()
+@_one_line_errors
 def train(
     recipe: Annotated[
         str | None,
@@ -134,6 +156,11 @@ def train(
     epochs: Epochs = None,
     pretrain_epochs: PretrainEpochs = None,
     seed: Seeds = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a key, e.g. data.params.root=/data; repeatable."),
+    ] = None,
+    allow_import: AllowImport = None,
     overwrite: Overwrite = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the directory, exactly.")] = False,
     save_every: Annotated[
@@ -158,10 +185,11 @@ def train(
     """
     from fat_plugins.cli_train import Settings
 
+    _allow(allow_import)
     _train(
         Settings(
             recipe, output, epochs, pretrain_epochs, seed, overwrite, quiet, resume, save_every, max_steps, device,
-            log_json, tensorboard,
+            log_json, tensorboard, changes or [],
         )
     )  # fmt: skip
 
@@ -204,10 +232,12 @@ def export(
         typer.Option("--output", "-o", help="One file, its suffix may name the format; default: below RUN/export."),
     ] = None,
     checkpoint: Which = None,
+    allow_import: AllowImport = None,
 ) -> None:
     """Write the deployed model of a run again, from its checkpoint."""
     from fat_plugins.recipes import model_path
 
+    _allow(allow_import)
     loaded, targets = _load(run, checkpoint, format, output)
     frozen = loaded.host.freeze(loaded.model)
     for target in targets:
@@ -235,6 +265,7 @@ def verify(
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Test images to use; default: the recipe's.")] = None,
     checkpoint: Which = None,
+    allow_import: AllowImport = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON: one report, or of several files one per name.")
     ] = False,
@@ -242,10 +273,11 @@ def verify(
     """Compare integer codes between torch and the exported model, layer by layer. Exit code 1 if any differ."""
     from fat_plugins.recipes import model_path
 
+    _allow(allow_import)
     loaded, targets = _load(run, checkpoint, format, model)
     settings = loaded.recipe.export
     count = samples or (settings.verify_samples if settings is not None else 64)
-    frozen, images = loaded.host.freeze(loaded.model), loaded.data.test.tensors[0][:count]
+    frozen, images = loaded.host.freeze(loaded.model), loaded.data.images("test", count)[0]
     reports = {}
     for target in targets:
         path = model or model_path(run, target)
@@ -275,26 +307,35 @@ def report(
         Path | None, typer.Option("--json", metavar="FILE", help="Its data; default: beside it, NAME_data.json.")
     ] = None,
     checkpoint: Which = None,
+    allow_import: AllowImport = None,
 ) -> None:
     """Write the report of a run: one HTML page that needs nothing else, and its data as JSON."""
     from fat_plugins.report import write_report
 
+    _allow(allow_import)
     for path in write_report(run, output, as_json, _which(checkpoint)):
         typer.echo(path)
 
 
 @app.command()
 @_one_line_errors
-def summary(run: Run, checkpoint: Which = None, as_json: Json = False) -> None:
+def summary(run: Run, checkpoint: Which = None, as_json: Json = False, allow_import: AllowImport = None) -> None:
     """What is quantized in the trained model of a run, and how, layer by layer."""
     from fat_plugins.inspect import summary as summarize
     from fat_plugins.recipes import load_run
 
+    _allow(allow_import)
     found = summarize(load_run(run, _which(checkpoint)).model)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
     else:
         _console().print(found)
+
+
+def _allow(modules: list[str] | None) -> None:
+    from fat_plugins.recipes.imports import allow
+
+    allow(*modules or ())
 
 
 def _load(run: Path, checkpoint: str | None, format: str | None, path: Path | None) -> tuple[Any, list[Any]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from fat_plugins.errors import ConfigError, FatPluginsError
 from fat_plugins.recipes import Options, Recipe, Reporter, RunReport, load_recipe
 from fat_plugins.recipes import train as run
 from fat_plugins.recipes.directory import RECIPE
+from fat_plugins.recipes.imports import allowed
 from fat_plugins.recipes.interrupt import Interrupted, Interrupts
 from fat_plugins.recipes.logs import JsonLines, Log, TensorBoard
 from fat_plugins.recipes.world import World, joined
@@ -39,6 +41,7 @@ class Settings:
     device: str = "auto"
     log_json: Path | None = None
     tensorboard: Path | None = None
+    changes: Sequence[str] = ()
 
 
 def execute(settings: Settings) -> tuple[RunReport, Path] | None:
@@ -95,7 +98,7 @@ def _planned(settings: Settings) -> tuple[Recipe, Path]:
         if not (settings.output / RECIPE).is_file():
             raise ConfigError(f"--resume: {settings.output} holds no run (no {RECIPE}); start one without --resume")
         name = str(settings.output / RECIPE)
-    recipe = load_recipe(name)
+    recipe = load_recipe(name, settings.changes)
     if settings.epochs is not None:
         recipe.training.epochs = settings.epochs
         for stage in recipe.training.stages:
@@ -145,8 +148,9 @@ def _how_to_go_on(stop: Interrupted, settings: Settings, world: World) -> str:
     if stop.directory is None:
         return "interrupted: nothing was trained yet"
     program = "fat-plugins" if world.size == 1 else f"torchrun --nproc-per-node {world.size} -m fat_plugins"
-    steps = "" if settings.max_steps is None else f" --max-steps {settings.max_steps}"
-    return f"interrupted: go on with: {program} train --resume --output {stop.directory}{steps}"
+    more = "" if settings.max_steps is None else f" --max-steps {settings.max_steps}"
+    more += "".join(f" --allow-import {module}" for module in allowed())
+    return f"interrupted: go on with: {program} train --resume --output {shlex.quote(str(stop.directory))}{more}"
 
 
 def show(report: RunReport, target: Path, console: Any) -> bool:

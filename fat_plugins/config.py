@@ -18,6 +18,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     StrictBool,
     StrictInt,
     ValidationError,
@@ -28,6 +29,7 @@ from fat_plugins.errors import ConfigError, unknown
 from fat_plugins.explain import Expected, explain
 from fat_plugins.quantizer import Role, TensorSpec
 from fat_plugins.registry import Algorithm, algorithms, get_algorithm
+from fat_plugins.scopes import as_list
 
 #: quantizes first and last layers, and activations that feed no weighted layer
 PLAIN_ALGORITHM = "minmax"
@@ -116,6 +118,18 @@ class CompressionConfig(Section):
     )
     export_to_onnx_standard_ops: StrictBool | None = Field(None, description="NNCF's QuantizeLinear export; 8-bit.")
 
+    _where: str = PrivateAttr("compression")
+
+    @property
+    def where(self) -> str:
+        """Place of the section in its file, for error messages."""
+        return self._where
+
+    @property
+    def parts(self) -> tuple[CompressionConfig, ...]:
+        """The sections that it consists of: itself."""
+        return (self,)
+
     @field_validator("initializer")
     @classmethod
     def _known_initializers(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -137,6 +151,7 @@ class CompressionConfig(Section):
         except ValidationError as error:
             raise ConfigError(explain(error, cls, where)) from None
         config._check(where)
+        config._where = where
         return config
 
     def _check(self, where: str) -> None:
@@ -182,6 +197,17 @@ class CompressionConfig(Section):
                 params.update(layer.params or {})
         return algorithm, pick("bits", DEFAULT_BITS), pick("per_channel"), pick("signed"), params
 
+    def leaves_out(self, role: Role, matches: Callable[[str], bool]) -> bool:
+        """Whether the scopes of ``weights`` or ``activations`` leave a tensor float.
+
+        :param matches: as for :meth:`resolve`.
+        """
+        return _left_out(self.weights if role == "weight" else self.activations, matches)
+
+    def claims(self, role: Role, matches: Callable[[str], bool]) -> bool:
+        """Whether all scopes of the section let it quantize a tensor; for a list of sections."""
+        return not (_left_out(self, matches) or self.leaves_out(role, matches))
+
     def resolve(
         self, spec: TensorSpec, matches: Callable[[str], bool], edge: Literal["first", "last", "plain"] | None = None
     ) -> tuple[str, TensorSpec, dict[str, Any]] | None:
@@ -211,6 +237,11 @@ class CompressionConfig(Section):
         kind = get_algorithm(algorithm)
         kind.check(done, kind.parse_params(params, f"{spec.name or group}: params"))
         return algorithm, done, params
+
+
+def _left_out(section: CompressionConfig | TensorSection, matches: Callable[[str], bool]) -> bool:
+    targets = as_list(section.target_scopes)
+    return any(map(matches, as_list(section.ignored_scopes))) or bool(targets and not any(map(matches, targets)))
 
 
 def read_config(path: str | Path) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -62,6 +63,16 @@ class ScopeNames:
     def operations(self) -> set[str]:
         """Names of all nodes that can be matched."""
         return set(self._names)
+
+    def excluded(self, section: Any) -> set[str]:
+        """Names of the nodes that ``ignored_scopes`` and ``target_scopes`` of a section, or of all its ``parts``,
+        leave out."""
+        parts = getattr(section, "parts", (section,))
+        left = [self.select(part.ignored_scopes) for part in parts]
+        for part, names in zip(parts, left, strict=True):
+            if as_list(part.target_scopes):
+                names |= self.operations() - self.select(part.target_scopes)
+        return set.intersection(*left)
 
     def check(self, scopes: Iterable[str] | str | None, where: str) -> None:
         """Refuse scopes that match nothing.

@@ -41,6 +41,7 @@ from fat_plugins.recipes.directory import (
 from fat_plugins.recipes.hosts import get_host
 from fat_plugins.recipes.interrupt import Interrupted, Interrupts
 from fat_plugins.recipes.loader import dump_recipe
+from fat_plugins.recipes.parts import parts_of
 from fat_plugins.recipes.progress import Reporter
 from fat_plugins.recipes.report import RunReport, VariantResult
 from fat_plugins.recipes.resume import RunState, finished_run, result_from_dict, result_to_dict
@@ -172,12 +173,14 @@ def _float_model(context: Context, path: Path) -> tuple[nn.Module, dict[str, Any
     """The float model of a seed and its metrics: from its checkpoint if an earlier run finished it, else trained."""
     recipe, data, world = context.recipe, context.data, context.world
     seed_everything(context.seed)
-    model = recipe.model.build(data).to(world.device)
     if world.tell(path.is_file()):  # of a run that goes on: any other has an empty directory
+        model = recipe.model.build(data).to(world.device)
         stored = load_checkpoint(path)
         load_state(model, stored.state, str(path))
         return model.eval(), stored.metrics
-    trainer = context.trainer(model, recipe.pretrain, FLOAT, FLOAT, dict)
+    model = recipe.model.pretrained(data).to(world.device)
+    parts = parts_of(recipe.pretrain, model)
+    trainer = context.trainer(model, recipe.pretrain, FLOAT, FLOAT, dict, parts=parts)
     saved = context.state.take(context.seed, FLOAT)
     if saved is not None:
         trainer.load_state_dict(saved["trainer"], str(context.state.path))
@@ -222,7 +225,7 @@ def _run_variant(
 
 def _deploy(context: Context, name: str, model: nn.Module, directory: Path) -> list[Deployment]:
     export, data, done = context.recipe.export, context.data, []
-    samples = data.test.tensors[0][: export.verify_samples] if export.verify else None
+    samples = data.images("test", export.verify_samples)[0] if export.verify else None
     frozen = context.host.freeze(model)
     for target in export.targets:
         path = model_path(directory, target)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,34 @@ class StateFile:
         if error is not None:
             raise error
         return None
+
+
+@dataclass
+class Saving:
+    """When the state of a training is saved, and where to. It always is at the end of an epoch.
+
+    :param write: gets the state.
+    :param steps: also every so many optimizer steps.
+    :param seconds: also when that much time has passed.
+    """
+
+    write: Callable[[dict[str, Any]], None]
+    steps: int | None = None
+    seconds: float | None = None
+    _last: float = field(default_factory=time.monotonic)
+
+    def by_step(self, step: int) -> bool:
+        """Whether this optimizer step (counted from 1) is one of those."""
+        return bool(self.steps) and step % self.steps == 0
+
+    def by_time(self) -> bool:
+        """Whether enough time has passed."""
+        return self.seconds is not None and time.monotonic() - self._last >= self.seconds
+
+    def save(self, training: Any) -> None:
+        """Save what ``training.state_dict()`` gives, now."""
+        self.write(training.state_dict())
+        self._last = time.monotonic()
 
 
 # --------------------------------------------------------------------------------------------------------------------

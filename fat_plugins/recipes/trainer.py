@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import math
 import signal
-import time
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -22,20 +20,19 @@ from torch.utils.data import DataLoader
 
 from fat_plugins.errors import CheckpointError, FatPluginsError
 from fat_plugins.norms import has_noise, reestimate_batch_norms
-from fat_plugins.quantizer import param_groups
 from fat_plugins.recipes.checkpoint import cpu_state, load_state
 from fat_plugins.recipes.data import Data
 from fat_plugins.recipes.hooks import Part
 from fat_plugins.recipes.interrupt import Interrupted, Interrupts
+from fat_plugins.recipes.optim import lr_factor, make_optimizer
+from fat_plugins.recipes.parts import Precision
 from fat_plugins.recipes.progress import Phase, Reporter
-from fat_plugins.recipes.schema import OptimizerSection, ScheduleSection, TrainSection
-from fat_plugins.recipes.state import random_state, seed_everything, set_random_state
+from fat_plugins.recipes.schema import TrainSection
+from fat_plugins.recipes.state import Saving, random_state, seed_everything, set_random_state
 from fat_plugins.recipes.world import World
 
 #: steps between two readings of the running loss, each of which waits for the device
 READ_EVERY = 10
-#: batches that batch norms see again before an evaluation, where quantizers train with noise
-NORM_BATCHES = 32
 
 
 @dataclass(frozen=True)
@@ -56,29 +53,6 @@ class EpochRecord:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dictionary; without ``values`` when there are none."""
         return {k: v for k, v in asdict(self).items() if k != "values" or v}
-
-
-def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
-    """Optimizer over the groups that the algorithms ask for."""
-    groups = param_groups(model, float(section.lr), float(section.weight_decay))
-    if section.name == "sgd":
-        momentum = 0.9 if section.momentum is None else float(section.momentum)
-        return torch.optim.SGD(groups, lr=section.lr, momentum=momentum, nesterov=section.nesterov)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[section.name]
-    return kind(groups, lr=section.lr)
-
-
-def lr_factor(section: ScheduleSection, epochs: int, epoch: float) -> float:
-    """Factor on every learning rate after ``epoch`` epochs (with fraction) of ``epochs``."""
-    warmup = float(section.warmup_epochs)
-    if epoch < warmup:
-        return (epoch + 1e-3) / (warmup + 1e-3)
-    if section.name == "cosine":
-        done = (epoch - warmup) / max(epochs - warmup, 1e-9)
-        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-    if section.name == "multistep":
-        return float(section.gamma) ** bisect_right(sorted(section.milestones), epoch)
-    return 1.0
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -109,34 +83,6 @@ def evaluate(model: nn.Module, loader: DataLoader, world: World | None = None) -
     if count == 0:
         raise FatPluginsError("evaluation: the data loader gives no batch")
     return loss / count, correct / count
-
-
-@dataclass
-class Saving:
-    """When the state of a training is saved, and where to. It always is at the end of an epoch.
-
-    :param write: gets :meth:`Trainer.state_dict`.
-    :param steps: also every so many optimizer steps.
-    :param seconds: also when that much time has passed.
-    """
-
-    write: Callable[[dict[str, Any]], None]
-    steps: int | None = None
-    seconds: float | None = None
-    _last: float = field(default_factory=time.monotonic)
-
-    def by_step(self, step: int) -> bool:
-        """Whether this optimizer step (counted from 1) is one of those."""
-        return bool(self.steps) and step % self.steps == 0
-
-    def by_time(self) -> bool:
-        """Whether enough time has passed."""
-        return self.seconds is not None and time.monotonic() - self._last >= self.seconds
-
-    def save(self, trainer: Trainer) -> None:
-        """Save now."""
-        self.write(trainer.state_dict())
-        self._last = time.monotonic()
 
 
 class Trainer:
@@ -186,6 +132,7 @@ class Trainer:
         self.optimizer = make_optimizer(model, section.optimizer)
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
+        self.precision = Precision(section.amp, self.device)
         self.epoch = self.step = 0
         self.records: list[EpochRecord] = []
         self.before: dict[str, float] | None = None
@@ -209,6 +156,7 @@ class Trainer:
             "step": self.step,
             "model": cpu_state(self.model),
             "optimizer": {"groups": groups, "state": {names[id(p)]: s for p, s in optimizer.state.items()}},
+            "precision": self.precision.state_dict(),
             "scheduler": scheduler,
             "parts": {part.name: part.state_dict() for part in self.parts},
             "records": [r.to_dict() for r in self.records],
@@ -231,6 +179,7 @@ class Trainer:
             raise CheckpointError(f"{where}: its parts are not those of this training; it differs in {min(missing)!r}")
         load_state(self.model, state["model"], where)
         self._load_optimizer(state["optimizer"], where)
+        self.precision.load_state_dict(state["precision"])
         if self.controller is not None:
             self.controller.scheduler.load_state(state["scheduler"])
         for part in self.parts:
@@ -300,9 +249,12 @@ class Trainer:
         """Tell a scheduler how long training will be, if it has room for that (some schedules need it)."""
         if self.controller is None:
             return
-        for name, value in (("total_epochs", self.epochs), ("total_steps", self.total_steps)):
-            if hasattr(self.controller.scheduler, name):
-                setattr(self.controller.scheduler, name, value)
+        scheduler = self.controller.scheduler
+        # NNCF 2 drives several algorithms through one scheduler that knows theirs
+        for each in (scheduler, *getattr(scheduler, "child_schedulers", ())):
+            for name, value in (("total_epochs", self.epochs), ("total_steps", self.total_steps)):
+                if hasattr(each, name):
+                    setattr(each, name, value)
 
     def _held_out_before(self) -> dict[str, float | None]:
         loss, accuracy = evaluate(self.model, self.data.validation_loader(), self.world)
@@ -337,22 +289,32 @@ class Trainer:
             self.controller.scheduler.step()
         for part in self.parts:
             part.before_step(self)
-        logits = self._forward(images)
+        self.optimizer.zero_grad(set_to_none=True)
+        count = self.section.accumulate
+        for some_images, some_labels in zip(images.chunk(count), labels.chunk(count), strict=True):
+            self._totals += self._gradients(some_images, some_labels, len(labels))
+        self.precision.step(self.optimizer, self.section.clip_norm)
+        for part in self.parts:
+            part.after_step(self)
+
+    def _gradients(self, images: Tensor, labels: Tensor, whole: int) -> Tensor:
+        """Add the gradients of a part of a batch of ``whole`` images.
+
+        :return: summed loss, correct answers and images (float64), without waiting for the device.
+        """
+        with self.precision.autocast():
+            logits = self._forward(images)
+        logits = logits.float()
         loss = cross_entropy(logits, labels, label_smoothing=float(self.section.label_smoothing))
         if self.controller is not None:
             loss = loss + self.controller.loss()
         for part in self.parts:
             if (term := part.loss(self, images, labels, logits)) is not None:
                 loss = loss + term
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        for part in self.parts:
-            part.after_step(self)
-        # summed without waiting for the device
+        self.precision.backward(loss * (len(labels) / whole))
         correct = (logits.detach().argmax(1) == labels).sum().double()
         count = torch.full_like(correct, len(labels))
-        self._totals += torch.stack([loss.detach().double() * len(labels), correct, count])
+        return torch.stack([loss.detach().double() * len(labels), correct, count])
 
     def _stop_if_asked(self) -> None:
         if self.world.any(self.interrupts.pending is not None):
@@ -383,9 +345,12 @@ class Trainer:
         with ExitStack() as stack:
             for part in self.parts:
                 stack.enter_context(part.evaluated(self.model))
-            if has_noise(self.model):  # the norms' statistics are those of the noisy network
+            if self.parts:  # which may have brought statistics of this process only
+                self.world.same_buffers(self.model)
+            anew = self.section.reestimate_norms
+            if anew is True or (anew == "auto" and has_noise(self.model)):
                 batches = self.data.calibration_loader(self.batch_size * self.world.size)
-                reestimate_batch_norms(self.model, batches, NORM_BATCHES)
+                reestimate_batch_norms(self.model, batches, self.section.norm_batches)
             held_out = evaluate(self.model, self.data.validation_loader(), self.world)
             record = EpochRecord(self.epoch, lr, loss / count, correct / count, *held_out)
             for part in self.parts:

@@ -20,11 +20,12 @@ from fat_plugins.recipes.hooks import Part
 from fat_plugins.recipes.hosts import Host
 from fat_plugins.recipes.interrupt import Interrupts
 from fat_plugins.recipes.monitor import QuantizerLog
+from fat_plugins.recipes.parts import parts_of
 from fat_plugins.recipes.progress import Reporter
 from fat_plugins.recipes.resume import RunState
 from fat_plugins.recipes.schema import BaselineSection, Recipe, TrainSection
-from fat_plugins.recipes.state import seed_everything
-from fat_plugins.recipes.trainer import EpochRecord, Saving, Trainer
+from fat_plugins.recipes.state import Saving, seed_everything
+from fat_plugins.recipes.trainer import EpochRecord, Trainer
 from fat_plugins.recipes.world import World
 
 
@@ -133,15 +134,9 @@ class Variant:
             return {"stage": number, "done": self.done, "compression_state": keeper.compression_state()}
 
         title = self.name if len(recipe.training.stages) == 1 else f"{self.name}, stage {number + 1}"
-        trainer = context.trainer(
-            model,
-            recipe.phase(stage),
-            self.name,
-            title,
-            describe,
-            controller=controller,
-            parts=[keeper, QuantizerLog()],
-        )
+        section = recipe.phase(stage)
+        parts = [*parts_of(section, model, float_model), keeper, QuantizerLog()]
+        trainer = context.trainer(model, section, self.name, title, describe, controller=controller, parts=parts)
         context.reporter.about["stage"] = number
         if saved is not None:
             trainer.load_state_dict(saved["trainer"], str(context.state.path))

@@ -12,6 +12,7 @@ from typing import Any
 
 from fat_plugins.config import CompressionConfig, is_plugin_section, read_config, split_sections
 from fat_plugins.errors import ConfigError, unknown
+from fat_plugins.mixed import parse_sections
 from fat_plugins.registry import algorithms
 
 _ROOT_KEYS = ("input_info", "compression", "target_device", "compression_lr_multiplier", "disable_shape_matching",
@@ -30,12 +31,12 @@ _RANGES = ("min_max", "mixed_min_max")
 class Plan:
     """A checked config.
 
-    :param section: the ``compression`` section as it was given, in JSON types.
+    :param section: ``compression`` as it was given, in JSON types: a section, or a list of them.
     :param range_samples, bn_samples: how many samples calibrate activations and adapt batch norms.
     """
 
     config: CompressionConfig
-    section: dict[str, Any]
+    section: dict[str, Any] | list[dict[str, Any]]
     range_samples: int
     bn_samples: int
     lr_multiplier: float | None
@@ -60,25 +61,27 @@ def parse_config(config: Mapping[str, Any] | str | Path) -> Plan:
     if not isinstance(config, Mapping):
         raise ConfigError(f"config: expected an object or the path of a JSON file, got {type(config).__name__}")
     root: Mapping[str, Any] = {}
-    where, section = "compression", config
+    own = [("compression", config)]
     if "compression" in config:
         root = config
-        where, section = _own_section(config)
+        own = _own_sections(config)
     elif "algorithm" not in config:
         raise ConfigError("config: expected the key 'compression' (NNCF config) or 'algorithm' (its section)")
-    if section["algorithm"] in _NNCF_SECTIONS:
-        raise ConfigError(_foreign(where, section["algorithm"]))
-    section = copy.deepcopy(dict(section))
-    parsed = CompressionConfig.parse(section, where)
-    _refuse(parsed, where)
-    range_samples, bn_samples = _initializer(parsed.initializer, f"{where}.initializer")
+    elif config["algorithm"] in _NNCF_SECTIONS:
+        raise ConfigError(_foreign("compression", config["algorithm"]))
+    sections = [copy.deepcopy(dict(section)) for _, section in own]
+    parsed = parse_sections([(where, section) for (where, _), section in zip(own, sections, strict=True)])
+    for part in parsed.parts:
+        _refuse(part, part.where)
+        _initializer(part.initializer, f"{part.where}.initializer")
+    range_samples, bn_samples = _initializer(parsed.initializer, "compression.initializer")
     multiplier = parsed.compression_lr_multiplier
     if multiplier is None and "compression_lr_multiplier" in root:
         multiplier = root["compression_lr_multiplier"]
         if isinstance(multiplier, bool) or not isinstance(multiplier, (int, float)) or multiplier < 0:
             raise ConfigError(f"compression_lr_multiplier: expected a number from 0 on, got {multiplier!r}")
-        section["compression_lr_multiplier"] = multiplier
-    return Plan(parsed, section, range_samples, bn_samples, multiplier)
+        sections[0]["compression_lr_multiplier"] = multiplier
+    return Plan(parsed, sections[0] if len(sections) == 1 else sections, range_samples, bn_samples, multiplier)
 
 
 def _foreign(where: str, name: str) -> str:
@@ -86,7 +89,7 @@ def _foreign(where: str, name: str) -> str:
     return f"{where}.algorithm: {name!r} is NNCF's and cannot run on Brevitas{hint}"
 
 
-def _own_section(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+def _own_sections(config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     for key in config:
         close = difflib.get_close_matches(str(key), _ROOT_KEYS, n=1, cutoff=0.8)
         if key not in _ROOT_KEYS and close:  # other keys belong to the application, as with NNCF
@@ -103,11 +106,9 @@ def _own_section(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
             raise ConfigError(_foreign(where, section["algorithm"]))
         else:
             raise ConfigError(f"{where}.algorithm: {unknown('algorithm', section['algorithm'], algorithms())}")
-    if len(ours) != 1:
-        raise ConfigError(
-            f"compression: expected one section with an algorithm of {', '.join(algorithms())}, got {len(ours)}"
-        )
-    return ours[0]
+    if not ours:
+        raise ConfigError(f"compression: expected a section with an algorithm of {', '.join(algorithms())}, got none")
+    return ours
 
 
 def _refuse(config: CompressionConfig, where: str) -> None:

@@ -133,13 +133,17 @@ def _unsupported(placement: Placement) -> None:
     """Layers that stay float: an error when the config names them as targets, else one warning."""
     traced, config = placement.traced, placement.config
     left = traced.unsupported()
-    for key, scopes in (
-        ("target_scopes", config.target_scopes),
-        ("weights.target_scopes", config.weights.target_scopes),
+    for place, scopes in (
+        named
+        for part in config.parts
+        for named in (
+            (f"{part.where}.target_scopes", part.target_scopes),
+            (f"{part.where}.weights.target_scopes", part.weights.target_scopes),
+        )
     ):
         for node in left:
             if as_list(scopes) and traced.names.matches(scopes, [node.name]):
-                raise ConfigError(f"compression.{key}: {traced.describe(node)} cannot be quantized on Brevitas")
+                raise ConfigError(f"{place}: {traced.describe(node)} cannot be quantized on Brevitas")
     left = [n for n in left if n.name not in placement.excluded]
     if left:
         names = ", ".join(dict.fromkeys(traced.describe(n) for n in left))
@@ -225,7 +229,7 @@ def rebuild(model: nn.Module, state: Mapping[str, Any], calibration: Iterable[An
     """
     if not isinstance(state, Mapping) or state.get("format") != _FORMAT or "compression" not in state:
         raise CheckpointError("compression_state: this is no state of a model that fat_brevitas quantized")
-    result = quantize(model, state["compression"], merge_bn=bool(state.get("merge_bn")))
+    result = quantize(model, {"compression": state["compression"]}, merge_bn=bool(state.get("merge_bn")))
     if calibration is not None:
         for coordinator in coordinators(result):
             coordinator.set_calibration(Pass(result, Batches(calibration, device_of(result))))

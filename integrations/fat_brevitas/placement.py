@@ -144,9 +144,7 @@ class Placement:
     def __init__(self, traced: Traced, config: CompressionConfig) -> None:
         self.traced, self.config = traced, config
         self._check_scopes()
-        self.excluded = traced.names.select(config.ignored_scopes)
-        if as_list(config.target_scopes):
-            self.excluded |= traced.names.operations() - traced.names.select(config.target_scopes)
+        self.excluded = traced.names.excluded(config)
         self._demand = self._demands()
         self.sites = list(self._sites())
         self._find_readers()
@@ -155,13 +153,14 @@ class Placement:
         config, names = self.config, self.traced.names
         if config.validate_scopes is False:
             return
-        for where, section in (("compression", config), ("compression.weights", config.weights),
-                               ("compression.activations", config.activations)):  # fmt: skip
-            for key in ("ignored_scopes", "target_scopes"):
-                names.check(getattr(section, key), f"{where}.{key}")
-        for group in ("weights", "activations"):
-            for scope in getattr(config.scope_overrides, group):
-                names.check(scope, f"compression.scope_overrides.{group}")
+        for part in config.parts:
+            sections = {"": part, ".weights": part.weights, ".activations": part.activations}
+            for name, section in sections.items():
+                for key in ("ignored_scopes", "target_scopes"):
+                    names.check(getattr(section, key), f"{part.where}{name}.{key}")
+            for group in ("weights", "activations"):
+                for scope in getattr(part.scope_overrides, group):
+                    names.check(scope, f"{part.where}.scope_overrides.{group}")
 
     def _takes_integers(self, node: Node) -> bool:
         if node.op == "output":
@@ -217,8 +216,12 @@ class Placement:
     # -- what quantizes them -----------------------------------------------------------------------------------------
     def weight(self, node: Node) -> type | None:
         """Brevitas quantizer of a layer's weight, ``None`` when it stays float."""
-        names, section = self.traced.names, self.config.weights
-        if node.name in self.excluded or self._left_out(section, [node.name], None):
+        names = self.traced.names
+
+        def matches(scope: str) -> bool:
+            return names.matches(scope, [node.name])
+
+        if node.name in self.excluded or self.config.leaves_out("weight", matches):
             return None
         module = self.traced.module(node)
         kept = isinstance(getattr(module, "weight_mask", None), torch.Tensor)
@@ -227,7 +230,7 @@ class Placement:
                           followed_by_norm=self.traced.followed_by_norm(node), keep_zeros=kept,
                           **module_geometry(module))  # fmt: skip
         edge = self.traced.weight_edge(node)
-        done = self.config.resolve(spec, lambda scope: names.matches(scope, [node.name]), edge)
+        done = self.config.resolve(spec, matches, edge)
         if done is None:
             return None
         algorithm, spec, params = done
@@ -243,11 +246,15 @@ class Placement:
         """
         own = site.node.target if site.node.op == "call_module" else site.node.name
         nodes = [n.name for n in site.readers] + ([site.node.name] if site.node.op == "placeholder" else [])
-        if self._left_out(self.config.activations, nodes, own):
+
+        def matches(scope: str) -> bool:
+            return self._matches(scope, nodes, own)
+
+        if self.config.leaves_out("activation", matches):
             return None
         edge = self.traced.activation_edge(site.readers)
         spec = TensorSpec("activation", DEFAULT_BITS, name=path, channel_axis=1)
-        done = self.config.resolve(spec, lambda scope: self._matches(scope, nodes, own), edge)
+        done = self.config.resolve(spec, matches, edge)
         if done is None:
             return None
         algorithm, spec, params = done
@@ -259,11 +266,6 @@ class Placement:
     def _matches(self, scopes: Iterable[str] | str | None, nodes: list[str], own: str | None) -> bool:
         """By the operations that read the tensor, as on NNCF, or by the very name of what produces it."""
         return own in as_list(scopes) or self.traced.names.matches(scopes, nodes)
-
-    def _left_out(self, section: Any, nodes: list[str], own: str | None) -> bool:
-        targets = as_list(section.target_scopes)
-        ignored = self._matches(section.ignored_scopes, nodes, own)
-        return ignored or bool(targets and not self._matches(targets, nodes, own))
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -13,18 +13,20 @@ import torch
 from nncf import NNCFConfig
 from nncf.api.compression import CompressionStage
 from nncf.config.schema import NNCF_CONFIG_SCHEMA, REF_VS_ALGO_SCHEMA
+from nncf.torch import composite_compression, initialization, model_creation, register_default_init_args
 from nncf.torch import create_compressed_model as nncf_create_compressed_model
-from nncf.torch import initialization, register_default_init_args
 from nncf.torch.algo_selector import PT_COMPRESSION_ALGORITHMS
 from nncf.torch.composite_compression import PTCompositeCompressionAlgorithmController
 from nncf.torch.exporter import PTExporter
 
 from fat_nncf.legacy_builder import PluginBuilder
 from fat_nncf.legacy_controller import PluginController
+from fat_nncf.legacy_placement import plugin_sections
 from fat_nncf.legacy_quantizer import PluginQuantizer
 from fat_nncf.legacy_strip import copy_without_controller, freeze
 from fat_plugins.config import CompressionConfig, is_plugin_section, json_schema
 from fat_plugins.errors import ConfigError, FatPluginsError, HostError, unknown
+from fat_plugins.mixed import parse_sections
 from fat_plugins.registry import Algorithm, algorithms
 
 NNCF_QUANTIZATION = "quantization"
@@ -93,7 +95,9 @@ def _check_sections(config: Any) -> None:
                 raise ConfigError(f"{where}.algorithm: {message}")
         if is_plugin_section(section) or name == NNCF_QUANTIZATION:
             quantizing.append(name)
-    if len(quantizing) > 1 and quantizing != [NNCF_QUANTIZATION] * len(quantizing):
+    if isinstance(config, dict) and len(own := plugin_sections(config)) > 1:
+        parse_sections(own)
+    if NNCF_QUANTIZATION in quantizing and len(set(quantizing)) > 1:
         raise ConfigError(
             f"compression: {' and '.join(map(repr, quantizing))} both quantize; keep one of them and use "
             "scope_overrides for layers that need another algorithm"
@@ -182,6 +186,18 @@ def _quantizers_first(original: Callable[..., Any]) -> Callable[..., Any]:
     return strip
 
 
+def _one_builder(original: Callable[[Any], list[str]]) -> Callable[[Any], list[str]]:
+    """All our sections of a list are the work of one builder, that of the first: a tensor is quantized once."""
+
+    @wraps(original)
+    def names(config: Any) -> list[str]:
+        found = original(config)
+        ours = [name for name in found if name in algorithms()]
+        return [name for i, name in enumerate(found) if name not in ours or i == found.index(ours[0])]
+
+    return names
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # registration
 # --------------------------------------------------------------------------------------------------------------------
@@ -203,6 +219,8 @@ def register() -> None:
         initialization.wrap_dataloader_for_init = _with_first_batch(initialization.wrap_dataloader_for_init)
         # the one type in NNCF's checkpoints that torch's safe loader does not know
         torch.serialization.add_safe_globals([CompressionStage])
+        for module in (model_creation, composite_compression):
+            module.extract_algorithm_names = _one_builder(module.extract_algorithm_names)
         composite = PTCompositeCompressionAlgorithmController
         composite.strip = _quantizers_first(composite.strip)
         PTExporter._torch_export_call = _torchscript_export(PTExporter._torch_export_call)

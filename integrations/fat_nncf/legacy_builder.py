@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from nncf.common.initialization.batchnorm_adaptation import BatchnormAdaptationAlgorithm
-from nncf.config.extractors import extract_algo_specific_config, extract_range_init_params
+from nncf.config.extractors import extract_range_init_params
 from nncf.config.structures import QuantizationRangeInitArgs
 from nncf.torch.nncf_network import NNCFNetwork
 from nncf.torch.quantization.algo import QuantizationBuilder
@@ -16,18 +16,24 @@ from nncf.torch.utils import is_main_process
 
 from fat_nncf.legacy_calibration import calibrate_on_data, calibrate_weights, fold_weights
 from fat_nncf.legacy_controller import PluginController
-from fat_nncf.legacy_placement import Placement, check_scopes, keeps_zeros, placement_section
+from fat_nncf.legacy_placement import (
+    Placement,
+    check_scopes,
+    excluded,
+    keeps_zeros,
+    placement_section,
+    plugin_sections,
+)
 from fat_nncf.legacy_quantizer import PluginQuantizer, PluginQuantizerSpec
-from fat_plugins.config import CompressionConfig
 from fat_plugins.errors import CheckpointError, ConfigError
+from fat_plugins.mixed import parse_sections
 
 
 class PluginBuilder(QuantizationBuilder):
     """Base of one class per algorithm: NNCF knows a builder by the name that its class was registered under."""
 
     def _get_algo_specific_config_section(self) -> dict[str, Any]:
-        section = extract_algo_specific_config(self.config, self.name)
-        self.plugin_config = CompressionConfig.parse(section)
+        self.plugin_config = parse_sections(plugin_sections(self.config))
         return placement_section(self.plugin_config)
 
     # -- state -------------------------------------------------------------------------------------------------------
@@ -52,6 +58,9 @@ class PluginBuilder(QuantizationBuilder):
         names = [n.node_name for n in model.nncf.get_original_graph().get_all_nodes()]
         if self.validate_scopes:
             check_scopes(self.plugin_config, names)
+        if len(self.plugin_config.parts) > 1:  # a single section's scopes are in NNCF's hands
+            for group in ("weights", "activations"):
+                self._algo_config[group]["ignored_scopes"] = excluded(self.plugin_config, names)
         if self._pt_quantizer_setup is not None:
             known = set(names)
             for point in self._pt_quantizer_setup.quantization_points.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,10 +15,11 @@ from nncf.torch.graph.operator_metatypes import OPERATORS_WITH_WEIGHTS_METATYPES
 from nncf.torch.nncf_network import NNCFNetwork
 
 from fat_nncf.graph import LayerMap
-from fat_plugins.config import CompressionConfig
+from fat_plugins.config import CompressionConfig, is_plugin_section
 from fat_plugins.errors import ConfigError, QuantizationError, nearest
 from fat_plugins.quantizer import TensorSpec, module_geometry
 from fat_plugins.registry import get_algorithm
+from fat_plugins.scopes import as_list
 
 #: NNCF's algorithms that set weights to zero
 _ZEROING = ("sparsity", "pruning")
@@ -56,17 +57,42 @@ def is_weighted(node: Any) -> bool:
     return node.metatype in OPERATORS_WITH_WEIGHTS_METATYPES and "Norm" not in node.metatype.__name__
 
 
-def check_scopes(config: CompressionConfig, node_names: Iterable[str], where: str = "compression") -> None:
+def plugin_sections(config: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Our sections of a whole config, each with its place."""
+    compression = config.get("compression", [])
+    many = isinstance(compression, list)
+    return [
+        (f"compression[{i}]" if many else "compression", section)
+        for i, section in enumerate(compression if many else [compression])
+        if isinstance(section, dict) and is_plugin_section(section)
+    ]
+
+
+def excluded(config: CompressionConfig, node_names: Iterable[str]) -> list[str]:
+    """Operations that no section of a list takes."""
+
+    def left_out(part: CompressionConfig, name: str) -> bool:
+        targets = as_list(part.target_scopes)
+        ignored = any(matches_any(name, scope) for scope in as_list(part.ignored_scopes))
+        return ignored or bool(targets and not any(matches_any(name, scope) for scope in targets))
+
+    return [name for name in node_names if all(left_out(part, name) for part in config.parts)]
+
+
+def check_scopes(config: CompressionConfig, node_names: Iterable[str]) -> None:
     """Refuse scopes that name nothing, which NNCF checks at the top of the section only.
 
     :raises ConfigError: a scope that matches no operation, or a broken regular expression.
     """
     names = list(node_names)
-    groups = {f"{where}.{k}": getattr(config, k) for k in ("ignored_scopes", "target_scopes")}
-    for group in ("weights", "activations"):
-        section = getattr(config, group)
-        groups.update({f"{where}.{group}.{k}": getattr(section, k) for k in ("ignored_scopes", "target_scopes")})
-        groups[f"{where}.scope_overrides.{group}"] = list(getattr(config.scope_overrides, group))
+    groups: dict[str, Any] = {}
+    for part in config.parts:
+        where = part.where
+        groups.update({f"{where}.{k}": getattr(part, k) for k in ("ignored_scopes", "target_scopes")})
+        for group in ("weights", "activations"):
+            section = getattr(part, group)
+            groups.update({f"{where}.{group}.{k}": getattr(section, k) for k in ("ignored_scopes", "target_scopes")})
+            groups[f"{where}.scope_overrides.{group}"] = list(getattr(part.scope_overrides, group))
     for place, scopes in groups.items():
         for scope in [scopes] if isinstance(scopes, str) else scopes or []:
             try:
@@ -196,7 +222,7 @@ class Placement:
             **module_geometry(module),
         )
         edge = next((e for e in ("first", "last") if e in edges), None)
-        resolved = self.config.resolve(spec, self._matcher(nodes), edge)
+        resolved = self._resolve(spec, nodes, edge)
         return resolved and Plan(*resolved, nodes)
 
     def _activation_plan(self, setup: SingleConfigQuantizerSetup, ids: list[int]) -> Plan | None:
@@ -212,10 +238,9 @@ class Placement:
             channel_axis=1,
             signed=signs.pop() if len(signs) == 1 else None,
         )
-        resolved = self.config.resolve(spec, self._matcher(consumers), self.layers.activation_edge(consumers))
+        resolved = self._resolve(spec, consumers, self.layers.activation_edge(consumers))
         return resolved and Plan(*resolved, consumers)
 
-    @staticmethod
-    def _matcher(node_names: list[str]) -> Callable[[str], bool]:
+    def _resolve(self, spec: TensorSpec, node_names: list[str], edge: Any) -> Any:
         # NNCF matches the overrides of activations with the operations that read them
-        return lambda scope: any(matches_any(name, scope) for name in node_names)
+        return self.config.resolve(spec, lambda scope: any(matches_any(n, scope) for n in node_names), edge)

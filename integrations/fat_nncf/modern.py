@@ -52,7 +52,6 @@ from fat_plugins.config import DEFAULT_ALGORITHM, CompressionConfig
 from fat_plugins.errors import ConfigError, HostError
 from fat_plugins.quantizer import param_groups
 from fat_plugins.registry import get_algorithm
-from fat_plugins.scopes import as_list
 
 __all__ = [
     "CompressionStage",
@@ -176,29 +175,24 @@ def _check_scopes(traced: Traced, plan: Plan) -> set[str]:
     """Refuse scopes that match nothing; names of the operations that stay float by the section's own scopes."""
     config, names = plan.config, traced.names
     if config.validate_scopes is not False:
-        for where, scopes in _scopes_of(config, plan.where):
+        for where, scopes in _scopes_of(config):
             names.check(scopes, where)
     if plan.sparsity is not None:
         for key in ("ignored_scopes", "target_scopes"):
             names.check(getattr(plan.sparsity, key), f"{plan.sparsity.algorithm}.{key}")
-    return _excluded(traced, config)
+    return names.excluded(config)
 
 
-def _scopes_of(config: CompressionConfig, where: str) -> list[tuple[str, Any]]:
-    found = [(f"{where}.{key}", getattr(config, key)) for key in ("ignored_scopes", "target_scopes")]
-    for group in ("weights", "activations"):
-        section = getattr(config, group)
-        found += [(f"{where}.{group}.{k}", getattr(section, k)) for k in ("ignored_scopes", "target_scopes")]
-        found += [(f"{where}.scope_overrides.{group}", s) for s in getattr(config.scope_overrides, group)]
+def _scopes_of(config: CompressionConfig) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for part in config.parts:
+        where = part.where
+        found += [(f"{where}.{key}", getattr(part, key)) for key in ("ignored_scopes", "target_scopes")]
+        for group in ("weights", "activations"):
+            section = getattr(part, group)
+            found += [(f"{where}.{group}.{k}", getattr(section, k)) for k in ("ignored_scopes", "target_scopes")]
+            found += [(f"{where}.scope_overrides.{group}", s) for s in getattr(part.scope_overrides, group)]
     return found
-
-
-def _excluded(traced: Traced, section: Any) -> set[str]:
-    """Operations that ``ignored_scopes`` and ``target_scopes`` of a section leave out."""
-    excluded = traced.names.select(section.ignored_scopes)
-    if as_list(section.target_scopes):
-        excluded |= traced.names.operations() - traced.names.select(section.target_scopes)
-    return excluded
 
 
 def _sparsify(traced: Traced, plan: Plan, example: Any) -> Sparsity | None:
@@ -207,7 +201,7 @@ def _sparsify(traced: Traced, plan: Plan, example: Any) -> Sparsity | None:
     if _has_masks(traced.model):
         raise ConfigError(f"{plan.sparsity.algorithm}: the model holds masks of nncf.prune already")
     sparsity = Sparsity(plan.sparsity, traced.model)
-    sparsity.attach(_excluded(traced, plan.sparsity), example)
+    sparsity.attach(traced.names.excluded(plan.sparsity), example)
     return sparsity
 
 
@@ -295,7 +289,7 @@ def quantize(
     model = _wrappable(copy.deepcopy(model))
     batches = DatasetBatches(calibration_dataset, device_of(model))
     traced = trace(model, batches.example)
-    for where, scopes in _scopes_of(config, "quantize"):
+    for where, scopes in _scopes_of(config):
         traced.names.check(scopes, where)
     check_weights(traced, _ignored_by(traced, ignored_scope))
     settings = advanced(config, advanced_parameters)

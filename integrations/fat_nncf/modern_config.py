@@ -15,6 +15,7 @@ import torch
 from fat_nncf.modern_sparsity import SPARSITY_SECTIONS, SparsitySection, parse_sparsity
 from fat_plugins.config import PLAIN_ALGORITHM, CompressionConfig, is_plugin_section, read_config, split_sections
 from fat_plugins.errors import ConfigError, unknown
+from fat_plugins.mixed import parse_sections
 from fat_plugins.registry import algorithms
 
 _NO_QUANTIZATION = f"NNCF 3 has no JSON quantization of its own; use '{PLAIN_ALGORITHM}' here, or nncf.quantize"
@@ -174,7 +175,6 @@ class Plan:
     bn_samples: int
     target_device: str
     lr_multiplier: float | None
-    where: str
 
 
 def load_config(config: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
@@ -210,18 +210,19 @@ def parse_config(config: Mapping[str, Any]) -> Plan:
             raise ConfigError(f"{where}.algorithm: {name!r} cannot run here: {_NO_COUNTERPART[name]}")
         else:
             raise ConfigError(f"{where}.algorithm: {unknown('algorithm', name, [*algorithms(), *SPARSITY_SECTIONS])}")
-    if len(ours) != 1:
-        raise ConfigError(f"compression: expected one section with an algorithm of {', '.join(algorithms())}, "
-                          f"got {len(ours)}")  # fmt: skip
+    if not ours:
+        raise ConfigError(f"compression: expected a section with an algorithm of {', '.join(algorithms())}, got none")
     if len(sparsity) > 1:
         raise ConfigError("compression: NNCF 3 runs one sparsity algorithm at a time, got "
                           + ", ".join(s.algorithm for s in sparsity))  # fmt: skip
-    where, section = ours[0]
-    parsed = CompressionConfig.parse(section, where)
-    range_init, bn_samples = _parse_initializer(parsed.initializer, f"{where}.initializer")
-    for group in ("weights", "activations"):
-        if getattr(parsed, group).unified_scale_ops:
-            raise ConfigError(f"{where}.{group}.unified_scale_ops: NNCF 3 unifies scales by its own rules only")
+    parsed = parse_sections(ours)
+    for part in parsed.parts:
+        range_init, bn_samples = _parse_initializer(part.initializer, f"{part.where}.initializer")
+        if part.activations.unified_scale_ops:
+            raise ConfigError(
+                f"{part.where}.activations.unified_scale_ops: NNCF 3 unifies scales by its own rules only"
+            )
+    range_init, bn_samples = _parse_initializer(parsed.initializer, "compression.initializer")
     device = config.get("target_device", "ANY")
     if device not in _DEVICES:
         raise ConfigError(f"target_device: {unknown('device', device, _DEVICES)}")
@@ -229,7 +230,7 @@ def parse_config(config: Mapping[str, Any]) -> Plan:
     if multiplier is None:
         multiplier = _number(config, "compression_lr_multiplier")
     return Plan(parsed, sparsity[0] if sparsity else None, _parse_inputs(config.get("input_info")), range_init,
-                bn_samples, {"TRIAL": "ANY", "VPU": "NPU"}.get(device, device), multiplier, where)  # fmt: skip
+                bn_samples, {"TRIAL": "ANY", "VPU": "NPU"}.get(device, device), multiplier)  # fmt: skip
 
 
 def _number(section: Mapping[str, Any], key: str) -> float | None:

@@ -283,22 +283,24 @@ def resolve(
     resolved = []
     for point in points:
         if point.tensor is not None:
-            role, group, nodes = "weight", config.weights, point.nodes
+            role, nodes = "weight", point.nodes
             edges = {traced.layers.weight_edge(n) for n in nodes}
             edge = next((e for e in ("first", "last") if e in edges), None)
             spec = _weight_spec(traced, point, keep_zeros)
         else:
             if not config.quantize_inputs and _at_input(traced, point):
                 continue
-            role, group, nodes = "activation", config.activations, _readers(traced, point, occupied)
+            role, nodes = "activation", _readers(traced, point, occupied)
             edge = traced.layers.activation_edge(nodes)
             spec = _activation_spec(traced, nodes)
             nodes += [n for n in point.nodes if traced.graph.get_node_by_name(n).node_type == _INPUT]
-        if traced.names.matches(group.ignored_scopes, nodes):
+
+        def matches(scope: str, nodes: list[str] = nodes) -> bool:
+            return traced.names.matches(scope, nodes)
+
+        if config.leaves_out(role, matches):
             continue
-        if group.target_scopes and not traced.names.matches(group.target_scopes, nodes):
-            continue
-        done = config.resolve(spec, lambda scope, nodes=nodes: traced.names.matches(scope, nodes), edge)
+        done = config.resolve(spec, matches, edge)
         if done is None:
             continue
         algorithm, spec, params = done

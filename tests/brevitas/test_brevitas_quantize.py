@@ -253,7 +253,7 @@ def test_refusals(change, message):
         ({"compresion": SECTION}, "compression"),
         ({"compression": SECTION, "accuracy_aware_training": {}}, "accuracy_aware_training"),
         ({"compression": SECTION, "compression_lr_multiplier": "0.1"}, "compression_lr_multiplier: expected a number"),
-        ({"compression": [SECTION, LSQ]}, "expected one section .* got 2"),
+        ({"compression": [SECTION, LSQ]}, r"compression\[0\] \('fat'\) and compression\[1\] \('lsq'\) both quantize"),
         ({"compression": [SECTION, {"algorithm": "filter_pruning"}]}, r"compression\[1\].algorithm: 'filter_pruning'"),
         (3, "got int"),
         ("missing.json", "No such file"),

@@ -66,7 +66,10 @@ def test_from_json(tmp_path):
         (fat(scope_overrides={"weights": {"{re}.*": {"bits": 12}}}), r"scope_overrides.weights\['\{re\}.*12-bit"),
         (fat(initializer={"rnage": {}}), r"compression.initializer: unknown initializer 'rnage'.*did you mean 'range'"),
         (fat(initializer={"precision": {"type": "hawq"}}), r"compression.initializer.precision: bit widths are not"),
-        ([fat(), {"algorithm": "lsq"}], r"'fat' and 'lsq' both quantize"),
+        (
+            [fat(), {"algorithm": "lsq"}],
+            r"compression\[0\] \('fat'\) and compression\[1\] \('lsq'\) both quantize every layer",
+        ),
         ([{"algorithm": "quantization"}, fat()], r"'quantization' and 'fat' both quantize"),
         ([{"algorithm": "rb_sparsity"}, fat(weights={"bits": 1})], r"compression\[1\].weights"),
     ],

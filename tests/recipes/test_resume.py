@@ -116,6 +116,19 @@ def test_schedules_and_noise(load, tmp_path, name):
         assert_same_run(tmp_path / "whole", tmp_path / f"cut{step}")
 
 
+def test_parts_of_a_training(load, tmp_path):
+    """Averaged weights, a teacher, clipping, accumulation, renewed norms, a schedule: across two stages."""
+    parts = "  ema: {decay: 0.9}\n  distillation: {temperature: 2}\n  clip_norm: 1.0\n  accumulate: 2\n"
+    parts += "  reestimate_norms: true\n  stages: [{weights: {bits: 5}}, {}]\n"
+    recipe = load(SMALL.replace("export:", f"{parts}export:"))
+    train(recipe, tmp_path / "whole")
+    for step in (3, 7):
+        with pytest.raises(Killed), cut_at(step=step):
+            train(recipe, tmp_path / f"cut{step}", options=Options(save_steps=1))
+        train(recipe, tmp_path / f"cut{step}", options=Options(resume=True))
+        assert_same_run(tmp_path / "whole", tmp_path / f"cut{step}")
+
+
 def test_finished_parts_are_not_done_again(load, tmp_path, toy_host):
     recipe = load(LARGE)
     with cut_at(None) as moments:

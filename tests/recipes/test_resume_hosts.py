@@ -62,3 +62,22 @@ def test_resume_is_exact(load, tmp_path, host, algorithm):
     assert (state["epoch"], state["step"]) == (1, 1)
     train(recipe, tmp_path / "cut", options=Options(resume=True))
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.skipif(not installed("nncf"), reason="NNCF is not installed")
+def test_sparsity_beside_an_algorithm_goes_on(load, tmp_path):
+    sections = (
+        "[{algorithm: magnitude_sparsity, sparsity_init: 0.1, params: {schedule: multistep, multistep_steps: [1, 2], "
+        "multistep_sparsity_levels: [0.1, 0.3, 0.5]}}, {algorithm: lsq, weights: {bits: 4}, initializer: "
+        "{range: {num_init_samples: 100}}}]"
+    )
+    before, after = RECIPE.index("compression:"), RECIPE.index("pretrain:")
+    recipe = load(f"{RECIPE[:before]}compression: {sections}\n{RECIPE[after:]}".replace("HOST", "nncf"))
+    train(recipe, tmp_path / "whole")
+    with pytest.raises(Killed), cut_at(step=3):
+        train(recipe, tmp_path / "cut", options=Options(save_steps=1))
+    state = from_bytes((tmp_path / "cut" / "state" / "training.safetensors").read_bytes())["trainer"]
+    schedulers = state["scheduler"] if isinstance(state["scheduler"], list) else [state["scheduler"]]
+    assert 3 in [s.get("total_epochs") for s in schedulers]
+    train(recipe, tmp_path / "cut", options=Options(resume=True))
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
