@@ -3,7 +3,9 @@
 import fat_plugins.algorithms  # before the function of that name, which a later import would replace  # noqa: F401
 from fat_plugins.config import CompressionConfig
 from fat_plugins.errors import CheckpointError, ConfigError, ExportError, FatPluginsError, HostError, QuantizationError
+from fat_plugins.figures import Figure
 from fat_plugins.functional import get_backend, set_backend
+from fat_plugins.inspect import compare, summary
 from fat_plugins.norms import reestimate_batch_norms
 from fat_plugins.quantizer import (
     ActivationQuantizer,
@@ -30,6 +32,7 @@ __all__ = [
     "Coordinator",
     "ExportError",
     "FatPluginsError",
+    "Figure",
     "HostError",
     "Progress",
     "QuantizationError",
@@ -38,6 +41,7 @@ __all__ = [
     "WeightQuantizer",
     "__version__",
     "algorithms",
+    "compare",
     "get_algorithm",
     "get_backend",
     "named_quantizers",
@@ -46,4 +50,5 @@ __all__ = [
     "regularization",
     "set_backend",
     "set_progress",
+    "summary",
 ]

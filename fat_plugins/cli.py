@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
 from typing import Annotated, Any
 
 import typer
@@ -84,6 +83,10 @@ Which = Annotated[
 Format = Annotated[
     str | None, typer.Option("--format", "-f", help="openvino, qonnx or onnx; default: what the recipe names.")
 ]
+AllowImport = Annotated[
+    list[str] | None,
+    typer.Option(metavar="MODULE", help="Let the recipe run functions of this module or package of yours; repeatable."),
+]
 Run = Annotated[
     Path, typer.Argument(metavar="RUN", help="Directory of a run, e.g. runs/demo or runs/demo/baselines/lsq.")
 ]
@@ -119,74 +122,103 @@ def algorithms(as_json: Json = False) -> None:
     _console().print(table)
 
 
+Seeds = Annotated[list[int] | None, typer.Option("--seed", min=0, help="Seed; give it again for more.")]
+Epochs = Annotated[int | None, typer.Option(min=0, help="Fine-tuning epochs, of every stage.")]
+PretrainEpochs = Annotated[int | None, typer.Option(min=0, help="Epochs of float training.")]
+
+
+@app.command()
+@_one_line_errors
+def recipes(as_json: Json = False) -> None:
+    """List the recipes that come with the package; each is trained by its name."""
+    from fat_plugins.recipes.loader import list_recipes
+
+    rows = list_recipes()
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table()
+    for column in ("name", "about"):
+        table.add_column(column, overflow="fold", no_wrap=column == "name")
+    for row in rows:
+        table.add_row(row["name"], row["about"])
+    _console().print(table)
+
+
 @app.command()
 @_one_line_errors
 def train(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")],
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe; not with --resume."),
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Run directory; default: runs/<name>.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=0, help="Fine-tuning epochs, of every stage.")] = None,
-    pretrain_epochs: Annotated[int | None, typer.Option(min=0, help="Epochs of float training.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(min=0, help="Seed; give it again for more.")] = None,
+    epochs: Epochs = None,
+    pretrain_epochs: PretrainEpochs = None,
+    seed: Seeds = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a key, e.g. data.params.root=/data; repeatable."),
+    ] = None,
+    allow_import: AllowImport = None,
     overwrite: Overwrite = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the directory, exactly.")] = False,
+    save_every: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="STEPS", help="Save the state this often, beside every epoch and 5 minutes."),
+    ] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps of every phase at most, to try a recipe out.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda; auto: cuda if there is one.")] = "auto",
+    log_json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Append events and epochs to FILE, one JSON object per line.")
+    ] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write curves for TensorBoard, which must be installed.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train a recipe: float, quantized, baselines; then export, verify and report."""
-    _train(recipe, output, epochs, pretrain_epochs, seed, overwrite, quiet)
+    """Train a recipe: float, quantized, baselines; then export, verify and report.
+
+    On several devices: torchrun --nproc-per-node N -m fat_plugins train RECIPE.
+    """
+    from fat_plugins.cli_train import Settings
+
+    _allow(allow_import)
+    _train(
+        Settings(
+            recipe, output, epochs, pretrain_epochs, seed, overwrite, quiet, resume, save_every, max_steps, device,
+            log_json, tensorboard, changes or [],
+        )
+    )  # fmt: skip
 
 
 @app.command()
 @_one_line_errors
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Run directory.")] = Path("runs/demo"),
-    seed: Annotated[list[int] | None, typer.Option(min=0, help="Seed; give it again for more.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=0, help="Fine-tuning epochs.")] = None,
-    pretrain_epochs: Annotated[int | None, typer.Option(min=0, help="Epochs of float training.")] = None,
+    seed: Seeds = None,
+    epochs: Epochs = None,
+    pretrain_epochs: PretrainEpochs = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     """The main job on real handwritten digits: FAT and LSQ at 4 bits, exported and verified, in about two minutes."""
-    _train("digits_fat_w4a4", output, epochs, pretrain_epochs, seed, overwrite, quiet)
+    from fat_plugins.cli_train import Settings
+
+    _train(Settings("digits_fat_w4a4", output, epochs, pretrain_epochs, seed, overwrite, quiet))
 
 
-def _train(
-    name: str,
-    output: Path | None,
-    epochs: int | None,
-    pretrain_epochs: int | None,
-    seeds: list[int] | None,
-    overwrite: bool,
-    quiet: bool,
-) -> None:
-    from fat_plugins.recipes import Reporter, load_recipe
-    from fat_plugins.recipes import train as run
+def _train(settings: Any) -> None:
+    from fat_plugins.cli_train import execute, show
+    from fat_plugins.recipes.interrupt import Interrupted
 
-    recipe = load_recipe(name)
-    if epochs is not None:
-        recipe.training.epochs = epochs
-        for stage in recipe.training.stages:
-            stage.epochs = None
-    if pretrain_epochs is not None:
-        recipe.pretrain.epochs = pretrain_epochs
-    if seeds:
-        if len(set(seeds)) != len(seeds):
-            raise ConfigError(f"--seed: {seeds} repeat each other")
-        recipe.seeds = list(seeds)
-    target = output or Path("runs") / recipe.name
-    reporter, start = Reporter(quiet), perf_counter()
-    report = run(recipe, target, overwrite=overwrite, reporter=reporter)
-    reporter.say(f"done in {perf_counter() - start:.0f} s")
-    console = _console()
-    for table in report.tables(console.width):
-        console.print(table)
-    for key, value in report.facts.items():
-        console.print(f"{key}: {value}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"Run directory: {target}", markup=False, highlight=False, soft_wrap=True)
-    if not report.verified:
-        for result in report.results:
-            for deployment in result.deployments:
-                if deployment.verified is False:
-                    what = f"{result.algorithm}, seed {result.seed}, {deployment.path}"
-                    typer.echo(f"failed: {what}: codes differ first in {deployment.first_difference}", err=True)
+    try:
+        done = execute(settings)
+    except Interrupted as stop:
+        raise typer.Exit(128 + stop.signal) from None
+    if done is not None and not show(*done, _console()):
         raise typer.Exit(FAILED)
 
 
@@ -200,10 +232,12 @@ def export(
         typer.Option("--output", "-o", help="One file, its suffix may name the format; default: below RUN/export."),
     ] = None,
     checkpoint: Which = None,
+    allow_import: AllowImport = None,
 ) -> None:
     """Write the deployed model of a run again, from its checkpoint."""
     from fat_plugins.recipes import model_path
 
+    _allow(allow_import)
     loaded, targets = _load(run, checkpoint, format, output)
     frozen = loaded.host.freeze(loaded.model)
     for target in targets:
@@ -231,6 +265,7 @@ def verify(
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Test images to use; default: the recipe's.")] = None,
     checkpoint: Which = None,
+    allow_import: AllowImport = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON: one report, or of several files one per name.")
     ] = False,
@@ -238,10 +273,11 @@ def verify(
     """Compare integer codes between torch and the exported model, layer by layer. Exit code 1 if any differ."""
     from fat_plugins.recipes import model_path
 
+    _allow(allow_import)
     loaded, targets = _load(run, checkpoint, format, model)
     settings = loaded.recipe.export
     count = samples or (settings.verify_samples if settings is not None else 64)
-    frozen, images = loaded.host.freeze(loaded.model), loaded.data.test.tensors[0][:count]
+    frozen, images = loaded.host.freeze(loaded.model), loaded.data.images("test", count)[0]
     reports = {}
     for target in targets:
         path = model or model_path(run, target)
@@ -258,6 +294,48 @@ def verify(
         typer.echo(f"failed: {where}codes differ first in {report.first_difference}", err=True)
     if failed:
         raise typer.Exit(FAILED)
+
+
+@app.command()
+@_one_line_errors
+def report(
+    run: Run,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="The page; default: RUN/report.html.")
+    ] = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Its data; default: beside it, NAME_data.json.")
+    ] = None,
+    checkpoint: Which = None,
+    allow_import: AllowImport = None,
+) -> None:
+    """Write the report of a run: one HTML page that needs nothing else, and its data as JSON."""
+    from fat_plugins.report import write_report
+
+    _allow(allow_import)
+    for path in write_report(run, output, as_json, _which(checkpoint)):
+        typer.echo(path)
+
+
+@app.command()
+@_one_line_errors
+def summary(run: Run, checkpoint: Which = None, as_json: Json = False, allow_import: AllowImport = None) -> None:
+    """What is quantized in the trained model of a run, and how, layer by layer."""
+    from fat_plugins.inspect import summary as summarize
+    from fat_plugins.recipes import load_run
+
+    _allow(allow_import)
+    found = summarize(load_run(run, _which(checkpoint)).model)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        _console().print(found)
+
+
+def _allow(modules: list[str] | None) -> None:
+    from fat_plugins.recipes.imports import allow
+
+    allow(*modules or ())
 
 
 def _load(run: Path, checkpoint: str | None, format: str | None, path: Path | None) -> tuple[Any, list[Any]]:
@@ -278,6 +356,43 @@ def _which(checkpoint: str | None) -> str | None:
     if checkpoint not in (None, "last", "best"):
         raise ConfigError(f"--checkpoint: unknown checkpoint {checkpoint!r}; allowed: last, best")
     return checkpoint
+
+
+@app.command()
+@_one_line_errors
+def convert(
+    old: Annotated[Path, typer.Argument(metavar="OLD.json", help="A config of NNCF 2 with a quantization section.")],
+    algorithm: Annotated[str, typer.Option("--algorithm", "-a", help="See 'fat-plugins algorithms'.")] = "fat",
+    weight_bits: Annotated[int | None, typer.Option(help="Width of weights; default: as in OLD.json.")] = None,
+    activation_bits: Annotated[int | None, typer.Option(help="Width of activations; default: as in OLD.json.")] = None,
+    nncf: Annotated[
+        int | None, typer.Option(help="3: leave out what NNCF 3 refuses; default: keep and say it.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; default: print the new config.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON: the new config and a line for each key.")
+    ] = False,
+) -> None:
+    """Rewrite an NNCF 2 quantization config for an algorithm; say what was carried, changed and dropped."""
+    from fat_plugins.config import read_config
+    from fat_plugins.convert import convert as rewrite
+    from fat_plugins.recipes.checkpoint import write_text
+
+    if output is not None and output.exists() and not overwrite:
+        raise ConfigError(f"--output: {str(output)!r} exists; --overwrite replaces it")
+    result = rewrite(read_config(old), algorithm, weight_bits=weight_bits, activation_bits=activation_bits, nncf=nncf)
+    text = json.dumps(result.config, indent=4)
+    if output is not None:
+        write_text(output, text + "\n")
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=2))
+    else:
+        typer.echo(result.to_text(), err=output is None)
+        if output is None:  # the config alone on standard output, for a pipe
+            typer.echo(text)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ quantizer with :meth:`CompressionConfig.resolve`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -244,7 +245,7 @@ def _left_out(section: CompressionConfig | TensorSection, matches: Callable[[str
 
 
 def read_config(path: str | Path) -> Any:
-    """What a JSON file holds; comments after ``//`` on a line are allowed, as NNCF 2 allows them.
+    """What a JSON file holds; comments (``//``, ``/* */``) and trailing commas are allowed, as NNCF 2 allowed them.
 
     :raises ConfigError: the file cannot be read or is not JSON.
     """
@@ -252,31 +253,24 @@ def read_config(path: str | Path) -> Any:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"config {str(path)!r}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"config {str(path)!r}: not a text file (UTF-8)") from None
     try:
-        return json.loads(_without_comments(text))
+        return json.loads(_TRAILING_COMMA.sub(_blank, _COMMENT.sub(_blank, text)))
     except json.JSONDecodeError as error:
         raise ConfigError(f"config {str(path)!r}: line {error.lineno}: {error.msg}") from None
+    except RecursionError:
+        raise ConfigError(f"config {str(path)!r}: nested too deeply") from None
 
 
-def _without_comments(text: str) -> str:
-    """Blank out ``//`` comments that stand outside strings; line numbers stay."""
-    out, in_string, i = [], False, 0
-    while i < len(text):
-        c = text[i]
-        if in_string and c == "\\":
-            out.append(text[i : i + 2])
-            i += 2
-            continue
-        if c == '"':
-            in_string = not in_string
-        if not in_string and text.startswith("//", i):
-            i = text.find("\n", i)
-            if i < 0:
-                break
-            continue
-        out.append(c)
-        i += 1
-    return "".join(out)
+_STRING = r'"(?:\\.|[^"\\])*"'
+_COMMENT = re.compile(rf"{_STRING}|//[^\n]*|/\*.*?\*/", re.S)
+_TRAILING_COMMA = re.compile(rf"{_STRING}|,(?=\s*[\]}}])", re.S)
+
+
+def _blank(match: re.Match[str]) -> str:
+    """A comment or comma without anything but its line breaks, so that line numbers stay; a string as it is."""
+    return match[0] if match[0].startswith('"') else "\n" * match[0].count("\n")
 
 
 def json_schema(algorithm: type[Algorithm]) -> dict[str, Any]:

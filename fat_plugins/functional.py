@@ -288,6 +288,15 @@ def keep_zeros(out: Tensor, x: Tensor) -> Tensor:
     return _KeepZeros.apply(out, x)
 
 
+def largest_of_processes(x: Tensor) -> Tensor:
+    """The elementwise maximum of ``x`` over all processes of a distributed training; ``x`` itself without one."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        x = x.clone()
+        distributed.all_reduce(x, op=distributed.ReduceOp.MAX)
+    return x
+
+
 def per_channel_view(x: Tensor, ndim: int, axis: int) -> Tensor:
     """Reshape a vector of channels so that it broadcasts along ``axis`` of a tensor with ``ndim`` dimensions."""
     if x.numel() == 1:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from fat_plugins.errors import CheckpointError, QuantizationError
+from fat_plugins.figures import Figure
 from fat_plugins.forms import Form
 from fat_plugins.functional import keep_zeros
 
@@ -133,6 +134,8 @@ class Quantizer(nn.Module):
     role: ClassVar[Role]
     #: layout version of the state dict; override :meth:`upgrade_state` when raising it
     state_version: ClassVar[int] = 1
+    #: name of the algorithm that made the quantizer (the registry sets it)
+    algorithm: str = ""
 
     def __init__(self, spec: TensorSpec, params: Params) -> None:
         super().__init__()
@@ -253,8 +256,32 @@ class Quantizer(nn.Module):
         if not bool(torch.isfinite(x).all()):
             raise QuantizationError(f"{self.spec.name or self.role}: {what} holds NaN or infinite values")
 
+    # -- reports -----------------------------------------------------------------------------------------------------
+    def monitor(self, weight: Tensor | None = None) -> dict[str, float]:
+        """Numbers worth following while training runs, by name. Asked for once an epoch, so they may cost something.
+
+        :param weight: the float weight in front of a weight quantizer, ``None`` for activations.
+        """
+        return {"bits": float(self.bits)}
+
+    def figures(self, weight: Tensor | None = None) -> list[Figure]:
+        """Figures of what only this algorithm has, for reports (default: none); ``weight`` as in :meth:`monitor`."""
+        return []
+
     def extra_repr(self) -> str:
-        return f"{self.spec.name or self.role}, bits={self.bits}"
+        spec = self.spec
+        parts = [spec.name or self.role, f"bits={self.bits}"]
+        if self.algorithm:
+            parts.insert(1, self.algorithm)
+        if spec.shape:
+            parts.append(f"shape={tuple(spec.shape)}")
+        if spec.per_channel:
+            parts.append("per channel")
+        if self.role == "activation" and self.calibrated:
+            parts.append("signed" if self.signed else "unsigned")
+        parts += [] if self.calibrated else ["not calibrated"]
+        parts += [] if self.enabled else ["disabled"]
+        return ", ".join(parts)
 
 
 class WeightQuantizer(Quantizer):
@@ -342,6 +369,21 @@ class WeightQuantizer(Quantizer):
     def freeze_codes(self, weight: Tensor) -> FrozenTensor:
         """Codes and form of the evaluation forward of ``weight`` (without the zeros rule)."""
         raise NotImplementedError
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """What is rounded to the grid, same shape and in its units: the weight, or what the algorithm makes of it first
+        (for reports, which show it between the levels)."""
+        return weight
+
+    @torch.no_grad()
+    def monitor(self, weight: Tensor | None = None) -> dict[str, float]:
+        """Width, mean scale, and share of weights that are zero."""
+        numbers = super().monitor(weight)
+        if weight is not None:
+            codes, form = self.freeze(weight)
+            numbers["scale"] = float(form.scale.double().mean())
+            numbers["zeros"] = float((form.decode(codes) == 0).double().mean())
+        return numbers
 
     def grid_scale(self, weight: Tensor) -> Tensor:
         """Scale of the deployed form of ``weight``, 1-d and without gradient, for hosts that pass it along in training.
@@ -431,6 +473,11 @@ class ActivationQuantizer(Quantizer):
         """The deployed form; ``form.decode(form.encode(x))`` equals the evaluation forward bit for bit."""
         raise NotImplementedError
 
+    def monitor(self, weight: Tensor | None = None) -> dict[str, float]:
+        """Width and mean scale."""
+        numbers = super().monitor(weight)
+        return {**numbers, "scale": float(self.grid_scale().double().mean())} if self.calibrated else numbers
+
     def grid_scale(self) -> Tensor:
         """Scale of the deployed form, 1-d and without gradient, for hosts that pass it along in training.
 
@@ -472,6 +519,14 @@ class Coordinator(nn.Module):
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Optimizer groups for the coordinator's own parameters, as :meth:`Quantizer.param_groups`."""
+        return []
+
+    def monitor(self) -> dict[str, float]:
+        """Numbers worth following while training runs, as :meth:`Quantizer.monitor`."""
+        return {}
+
+    def figures(self) -> list[Figure]:
+        """Figures of the whole network, as :meth:`Quantizer.figures`."""
         return []
 
 

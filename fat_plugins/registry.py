@@ -11,7 +11,15 @@ from pydantic import ValidationError
 
 from fat_plugins.errors import ConfigError, unknown
 from fat_plugins.explain import explain
-from fat_plugins.quantizer import ActivationQuantizer, Coordinator, LayerQuantizers, Params, TensorSpec, WeightQuantizer
+from fat_plugins.quantizer import (
+    ActivationQuantizer,
+    Coordinator,
+    FrozenTensor,
+    LayerQuantizers,
+    Params,
+    TensorSpec,
+    WeightQuantizer,
+)
 
 GROUP = "fat_plugins.algorithms"
 
@@ -83,19 +91,32 @@ class Algorithm:
         """A weight quantizer for ``spec``."""
         params = params if isinstance(params, Params) else cls.parse_params(params)
         cls.check(spec, params)
-        return cls.weight_quantizer(spec, params)
+        quantizer = cls.weight_quantizer(spec, params)
+        quantizer.algorithm = cls.name
+        return quantizer
 
     @classmethod
     def make_activation(cls, spec: TensorSpec, params: Params | dict | None = None) -> ActivationQuantizer:
         """An activation quantizer for ``spec``."""
         params = params if isinstance(params, Params) else cls.parse_params(params)
         cls.check(spec, params)
-        return cls.activation_quantizer(spec, params)
+        quantizer = cls.activation_quantizer(spec, params)
+        quantizer.algorithm = cls.name
+        return quantizer
 
     @classmethod
     def make(cls, spec: TensorSpec, params: Params | dict | None = None) -> WeightQuantizer | ActivationQuantizer:
         """A quantizer of the role that ``spec`` names."""
         return cls.make_weight(spec, params) if spec.role == "weight" else cls.make_activation(spec, params)
+
+    @classmethod
+    def network_facts(cls, weights: list[tuple[WeightQuantizer, FrozenTensor]], others: int) -> dict[str, float]:
+        """What the method's paper tells of a whole network beside accuracy, by name, for reports (default: nothing).
+
+        :param weights: the algorithm's quantizers with what they deploy.
+        :param others: how many other parameters the network has, its quantizers' own left out.
+        """
+        return {}
 
     @classmethod
     def make_coordinator(cls, layers: list[LayerQuantizers]) -> Coordinator | None:

@@ -17,9 +17,10 @@ _INTRO = """# Method comparison
 Written by `python -m benchmarks.method_comparison` ({cells} runs). Every method starts from the same float weights and
 sees the same batches for as many epochs with the same optimizer (SGD, learning rate 0.02, momentum 0.9, decay 1e-4,
 cosine), and quantizes the same layers: weights and inputs of all convolutions and linear layers, the first and
-the last at 8 bits. Methods run on Brevitas through `fat_brevitas.quantize`; `{brevitas}` is Brevitas's own learned
-scale and `{nncf}` NNCF's, at the same widths in the same places. No method's learning rate or options were tuned, and
-what papers ask for (longer training, other schedules) is not done: methods are compared as drop-in replacements.
+the last at 8 bits. The float network is trained on in the same way. Methods run on Brevitas through
+`fat_brevitas.quantize`; `{brevitas}` is Brevitas's own learned scale and `{nncf}` NNCF's, at the same widths in the
+same places. Options are the defaults, but PACT's and SQuantizer's first clip comes from calibration. What papers ask
+for (longer training, bits that come down step by step) is not done: methods are compared as drop-in replacements.
 
 * accuracy: on the test images, mean and range over seeds. A single number is one seed.
 * step: time of a training step, as a multiple of the float model's in the same process (median; noisy below 10 %).
@@ -71,7 +72,8 @@ def write_page(results: Path, page: Path) -> None:
         one = next(iter(floats.values()))
         parts.append(
             f"## {task}\n\n{one['data']}; {one['float_epochs']} epochs in float, {one['epochs']} quantized. Float: "
-            f"{_spread([c['accuracy'] for c in floats.values()])}."
+            f"{_spread([c['float_accuracy'] for c in floats.values()])} at the start, "
+            f"{_spread([c['accuracy'] for c in floats.values()])} after as many epochs more."
         )
         for bits in sorted({c["bits"] for c in own}, reverse=True):
             groups: dict[str, list[dict[str, Any]]] = defaultdict(list)

@@ -167,6 +167,10 @@ class _Grid(nn.Module):
         highest = wide(self.log_alpha).detach()
         return bounded(wide(self.log_sigma), highest - _LEAST_SIGMA, highest)
 
+    def monitor(self, weight: Tensor | None = None) -> dict[str, float]:
+        """Also the noise scale, in steps."""
+        return {**super().monitor(weight), "noise": float((self.sigma / self.alpha).detach())}
+
     def _own_groups(self, lr: float, more: tuple[dict[str, Any], ...] = ()) -> list[dict[str, Any]]:
         """Section 7: a tenth of the learning rate, no decay."""
         return [{"params": [self.log_alpha, self.log_sigma], "lr": lr * 0.1, "weight_decay": 0.0}, *more]

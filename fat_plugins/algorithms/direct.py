@@ -27,6 +27,7 @@ from fat_plugins.algorithms._direct_fit import (
     sorted_levels,
 )
 from fat_plugins.errors import ConfigError
+from fat_plugins.figures import Figure
 from fat_plugins.forms import Codebook, Form, Staircase, SumOfGrids, UniformGrid
 from fat_plugins.functional import fake_quantize, level_quantize, wide
 from fat_plugins.quantizer import ActivationQuantizer, FrozenTensor, Params, TensorSpec, WeightQuantizer
@@ -204,6 +205,22 @@ class DirectWeight(WeightQuantizer):
             codes = form.pack(planes)
         return FrozenTensor(self._shaped(codes).to(torch.int32).contiguous(), form)
 
+    def monitor(self, weight: Tensor | None = None) -> dict[str, float]:
+        """Also the mean of the auxiliary variables' magnitudes, and what every bit is worth on average."""
+        numbers = {**super().monitor(weight), "margin": float(self.z.detach().abs().mean())}
+        return {**numbers, **{f"bit {k}": float(v) for k, v in enumerate(self._worth().mean(1), 1)}}
+
+    def figures(self, weight: Tensor | None = None) -> list[Figure]:
+        """What every bit is worth: on average and in the extreme channels."""
+        worth = self._worth()
+        series = {"lowest channel": worth.amin(1), "mean": worth.mean(1), "highest channel": worth.amax(1)}
+        series = series if self.columns > 1 else {"value": worth[:, 0]}
+        return [Figure.bars("Basis", [f"bit {k}" for k in range(1, len(worth) + 1)], series, "", "value")]
+
+    def _worth(self) -> Tensor:
+        """Value of every bit: K x columns."""
+        return _bit_values(self.basis, self.spec.bits).reshape(self.spec.bits, -1)
+
     def grid_scale(self, weight: Tensor) -> Tensor:
         return self._scale() if self._snapped else wide(self.basis.detach()).clamp_min(LEVEL_FLOOR)[0]
 
@@ -315,6 +332,16 @@ class DirectActivation(ActivationQuantizer):
         levels = torch.unique(levels)  # equal entries of the basis give a level twice
         return Staircase(bits, levels, midpoints(levels).double(), scale)
 
+    def monitor(self, weight: Tensor | None = None) -> dict[str, float]:
+        """Also what every bit is worth."""
+        worth = _bit_values(self.basis, self.spec.bits)
+        return {**super().monitor(weight), **{f"bit {k}": v for k, v in enumerate(worth.tolist(), 1)}}
+
+    def figures(self, weight: Tensor | None = None) -> list[Figure]:
+        """What every bit is worth."""
+        worth = _bit_values(self.basis, self.spec.bits)
+        return [Figure.bars("Basis", [f"bit {k}" for k in range(1, len(worth) + 1)], {"value": worth}, "", "value")]
+
     def grid_scale(self) -> Tensor:
         return self._levels()[2].detach().reshape(1)
 
@@ -385,6 +412,12 @@ class DirectActivation(ActivationQuantizer):
             energy = self._energy_with(tally.mean_square)
             new = fit_step(tally, values, codes, basis, energy, self.params.channel_weight, self.params.channel_cap)
             self.basis.copy_(_MEMORY * basis + (1 - _MEMORY) * new)
+
+
+def _bit_values(basis: Tensor, bits: int) -> Tensor:
+    """Values of all bits (rows), also where they are 1, 2, 4, ... times one number."""
+    values = wide(basis.detach()).clamp_min(LEVEL_FLOOR)
+    return values if len(values) == bits else torch.cat([values * 2**k for k in range(bits)])
 
 
 def midpoints(levels: Tensor) -> Tensor:

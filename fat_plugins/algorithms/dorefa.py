@@ -94,6 +94,14 @@ class DoReFaWeight(WeightQuantizer):
         scale = w.abs().mean() if self.spec.bits == 1 else self._normalised(w)[1]
         return scale.reshape(1)
 
+    @torch.no_grad()
+    def rounded(self, weight: Tensor) -> Tensor:
+        """The weight behind tanh, in units of the levels."""
+        if self.spec.bits == 1:
+            return weight
+        x, scale = self._normalised(weight)
+        return x * (scale * self.n)
+
     def freeze_codes(self, weight: Tensor) -> FrozenTensor:
         axis = self.spec.channel_axis
         levels = torch.arange(-self.n, self.n + 1, 2, device=weight.device)

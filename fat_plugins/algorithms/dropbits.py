@@ -27,6 +27,7 @@ from fat_plugins.algorithms._rq import (
     probability,
 )
 from fat_plugins.errors import ConfigError
+from fat_plugins.figures import Figure
 from fat_plugins.functional import fused, uniform_codes, wide
 from fat_plugins.quantizer import Coordinator, LayerQuantizers, Params, Progress, TensorSpec
 from fat_plugins.registry import Algorithm
@@ -447,6 +448,35 @@ class DropBitsWeight(GridWeight):
             return None
         weight = self.params.bit_penalty * self.params.layer_weight * self.share
         return weight * open_probability(self._logits()).sum()
+
+    def _open(self) -> Tensor | None:
+        """Probability that each gate is open, 1-d; ``None`` without gates."""
+        if self.phi is None:
+            return None
+        logits = self._logits().detach()
+        return torch.sigmoid(logits) if self.params.gates == "bernoulli" else open_probability(logits)
+
+    def monitor(self, weight: Tensor | None = None) -> dict[str, float]:
+        """Also the mean probability of open gates, and with hierarchical masks that of each and the expected width."""
+        numbers, kept = super().monitor(weight), self._open()
+        if kept is None:
+            return numbers
+        numbers["open gates"] = float(kept.mean())
+        if self.family == "hierarchical":
+            numbers["expected bits"] = 1 + float(kept.cumprod(0).sum())
+            numbers |= {f"gate of bit {i}": p for i, p in enumerate(kept.tolist(), 2)}
+        return numbers
+
+    def figures(self, weight: Tensor | None = None) -> list[Figure]:
+        """How likely every gate is open."""
+        kept = self._open()
+        if kept is None:
+            return []
+        if self.family == "hierarchical":
+            names, label = [f"bit {i}" for i in range(2, self.spec.bits + 1)], "gate"
+        else:
+            names, label = [f"{i}, {-i - 1}" for i in range(1, len(kept) + 1)], "codes that share a gate"
+        return [Figure.bars("Probability of open gates", names, {"probability": kept}, label, "", (0.0, 1.0))]
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Section 7: gates learn faster, step and noise scale slower, none decays."""

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fat_plugins.forms import Form, UniformGrid
-from fat_plugins.functional import fake_quantize, per_channel_view, uniform_codes, wide
+from fat_plugins.functional import fake_quantize, largest_of_processes, per_channel_view, uniform_codes, wide
 from fat_plugins.quantizer import ActivationQuantizer, FrozenTensor, Params, TensorSpec, WeightQuantizer
 from fat_plugins.registry import Algorithm
 
@@ -73,7 +73,7 @@ class MinMaxActivation(ActivationQuantizer):
             with torch.no_grad():
                 seen = x.detach().abs().max().to(self.largest.dtype)
                 seen = torch.where(torch.isfinite(seen), seen, self.largest)
-                self.largest.lerp_(seen, self.params.momentum)
+                self.largest.lerp_(largest_of_processes(seen), self.params.momentum)
         form = self.form()
         return fake_quantize(x, form.scale.reshape(()), form.low, form.high)
 

@@ -6,7 +6,6 @@ not checked against its text.
 
 from __future__ import annotations
 
-from math import exp, log
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fat_plugins.algorithms.dorefa import DoReFaParams, DoReFaWeight
+from fat_plugins.clipping import ClipSearch
 from fat_plugins.forms import Form, UniformGrid
-from fat_plugins.functional import best_step, fake_quantize, positive, wide
+from fat_plugins.functional import fake_quantize, positive, wide
 from fat_plugins.quantizer import ActivationQuantizer, TensorSpec
 from fat_plugins.registry import Algorithm
 
@@ -28,8 +28,7 @@ class PACTParams(DoReFaParams):
     alpha: float | None = Field(
         10.0,
         gt=0,
-        description="Initial clip (about 8 to 10 in the paper); null takes the one of the least squared error in "
-        "calibration.",
+        description="Initial clip (about 8 to 10 in the paper); null takes the best one on calibration data.",
     )
 
 
@@ -44,8 +43,7 @@ class PACTActivation(ActivationQuantizer):
 
     def __init__(self, spec: TensorSpec, params: PACTParams) -> None:
         super().__init__(spec, params)
-        # of the calibration that is running, not of the state: batches, the sum of their clips' logarithms, the sign
-        self._seen = (0, 0.0, False)
+        self._search = ClipSearch()
         self.alpha = nn.Parameter(torch.tensor(float(params.alpha or 10.0)))
 
     def init_from_range(self, low: float, high: float) -> None:
@@ -53,17 +51,15 @@ class PACTActivation(ActivationQuantizer):
             self.alpha.fill_(max(abs(low), abs(high), _LEAST))
 
     def init_from_batch(self, x: Tensor, first: bool) -> None:
-        """The geometric mean of each batch's best clip; it starts anew where the grid turns signed."""
-        if self.params.alpha is not None:
-            return
-        count, total, signed = self._seen
-        if first or signed != self.signed:
-            count, total = 0, 0.0
-        clip = best_step(x, -self._high if self.signed else 0, self._high) * self._high
-        if clip > 0:  # a batch without a value says nothing
-            count, total = count + 1, total + log(clip)
-        self.alpha.fill_(max(exp(total / count), _LEAST) if count else _LEAST)
-        self._seen = (count, total, self.signed)
+        if self.params.alpha is None:
+            low = -self._high if self.signed else 0
+            clip = self._search.add(
+                x,
+                lambda v, c: fake_quantize(v, c / self._high, low, self._high),
+                signed=self.signed,
+                first=first,
+            )
+            self.alpha.fill_(max(clip, _LEAST))
 
     @property
     def _high(self) -> int:

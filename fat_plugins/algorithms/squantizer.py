@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fat_plugins.algorithms.pact import PACTActivation
 from fat_plugins.errors import ConfigError
+from fat_plugins.figures import Figure
 from fat_plugins.forms import Codebook, Form, SumOfGrids, UniformGrid
 from fat_plugins.functional import wide
 from fat_plugins.quantizer import FrozenTensor, Params, Progress, TensorSpec, WeightQuantizer
@@ -51,9 +52,7 @@ class SQuantizerParams(Params):
     )  # fmt: skip
     delay_epochs: int | None = Field(None, ge=0, description="The same in epochs.")
     alpha: float | None = Field(
-        10.0,
-        gt=0,
-        description="Initial clip of the activations (PACT); null takes it from calibration, by least error.",
+        10.0, gt=0, description="Initial clip of the activations (PACT); null takes the best one on calibration data."
     )
 
 
@@ -207,6 +206,25 @@ class SQuantizerWeight(WeightQuantizer):
         form = SumOfGrids(parts, form.pack(every).long().unique())
         return FrozenTensor(form.pack((gaps.to(torch.int32), steps.to(torch.int32))), form)
 
+    @torch.no_grad()
+    def monitor(self, weight: Tensor | None = None) -> dict[str, float]:
+        """Also the threshold below which weights are pruned, and whether they are still dense floats (1) or not (0)."""
+        numbers = super().monitor(weight)
+        if weight is None:
+            return numbers
+        return {**numbers, "threshold": float(self._levels(wide(weight)).threshold), "dense": float(self.waiting)}
+
+    @torch.no_grad()
+    def figures(self, weight: Tensor | None = None) -> list[Figure]:
+        """Compression rates of the layer by all accountings."""
+        codes_and_form = None if weight is None else self.freeze(weight)
+        if codes_and_form is None or not bool((codes_and_form.form.decode(codes_and_form.codes) != 0).any()):
+            return []
+        rates = compression_rates([codes_and_form], self.spec.bits, 0)
+        names = ["as published", "non-zero codes", "with a mask"]
+        values = [rates.published, rates.without_index, rates.with_index]
+        return [Figure.bars("Compression rate of the weight", names, {"times smaller": values}, "", "")]
+
 
 # --------------------------------------------------------------------------------------------------------------------
 # compression rates
@@ -275,6 +293,21 @@ class SQuantizer(Algorithm):
     weight_quantizer = SQuantizerWeight
     activation_quantizer = PACTActivation
     bits_reason = "one bit would leave the survivors a single magnitude"
+
+    @classmethod
+    def network_facts(cls, weights: list[tuple[WeightQuantizer, FrozenTensor]], others: int) -> dict[str, float]:
+        """Compression rates of the network by all accountings, where its quantizers have one width."""
+        widths = {quantizer.spec.bits for quantizer, _ in weights}
+        nonzero = any(bool((frozen.form.decode(frozen.codes) != 0).any()) for _, frozen in weights)
+        if len(widths) != 1 or not nonzero:
+            return {}
+        rates = compression_rates([frozen for _, frozen in weights], widths.pop(), others)
+        return {
+            "compression rate as published (all parameters at k bits, no index)": float(rates.published),
+            "compression rate, other parameters at 32 bits": rates.without_index,
+            "compression rate, other parameters at 32 bits, with a 1-bit mask": rates.with_index,
+            "zeros of the quantized weights": rates.sparsity[1],
+        }
 
     @classmethod
     def check(cls, spec: TensorSpec, params: Params | None = None) -> None:

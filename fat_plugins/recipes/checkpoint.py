@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fat_plugins.errors import CheckpointError, nearest
+from fat_plugins.quantizer import Coordinator, Quantizer
 
 FORMAT = 1
 _KEY = "fat_plugins"
@@ -45,9 +46,12 @@ class Checkpoint:
     metrics: dict[str, Any] = field(default_factory=dict)
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], None], keep: Path | None = None) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then move it there; an earlier file survives a failure.
 
+    The file is on the disk before it is moved, so a power cut leaves either the old or the new one.
+
+    :param keep: where an earlier file is moved to instead of being replaced.
     :raises CheckpointError: the directory cannot be written.
     """
     try:
@@ -63,6 +67,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from None
@@ -125,16 +133,23 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: unknown entries in the checkpoint's description") from None
 
 
+def _own_shapes(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of what gives its tensors the shapes of a state dict by itself (lengths may come from data)."""
+    modules = model.named_modules(remove_duplicate=False)
+    return tuple(f"{name}." for name, m in modules if name and isinstance(m, (Quantizer, Coordinator)))
+
+
 def check_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Refuse a state that is not the model's own.
+    """Refuse a state that is not the model's own. Shapes within quantizers are their own business.
 
     :raises CheckpointError: names the first key that is missing, unknown or of another shape.
     """
     own = {k: v for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+    free = _own_shapes(model)
     for key, value in own.items():
         if key not in state:
             raise CheckpointError(f"{where}: belongs to another model: no {key!r} in it{nearest(key, state)}")
-        if tuple(state[key].shape) != tuple(value.shape):
+        if tuple(state[key].shape) != tuple(value.shape) and not key.startswith(free):
             raise CheckpointError(
                 f"{where}: belongs to another model: {key!r} has shape {tuple(state[key].shape)}, "
                 f"the model's has {tuple(value.shape)}"
@@ -147,10 +162,14 @@ def check_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
 def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Load ``state`` into ``model``, which it must fit exactly.
 
-    :raises CheckpointError: see :func:`check_state`; nothing is loaded then.
+    :raises CheckpointError: see :func:`check_state`, when nothing is loaded; or a quantizer refuses its part.
     """
     check_state(model, state, where)
-    model.load_state_dict(state, strict=False)
+    try:
+        model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        problem = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"{where}: belongs to another model: {problem}") from None
 
 
 def load_fitting(model: nn.Module, state: dict[str, Tensor]) -> list[str]:

@@ -1,95 +1,21 @@
-"""Datasets that recipes name. A name stands for a function of this file; nothing is imported from a recipe."""
+"""Datasets that recipes name, and the two small ones that need no files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from fat_plugins.errors import ConfigError
 from fat_plugins.quantizer import Params
-
-
-class RandomShift:
-    """Collates a batch of ``(image, label)`` and moves each image by up to ``pixels`` in both directions.
-
-    The space that opens is filled with ``fill``. Offsets come from ``generator`` only.
-    """
-
-    def __init__(self, pixels: int, fill: float, generator: torch.Generator) -> None:
-        self.pixels, self.fill, self.generator = pixels, fill, generator
-
-    def __call__(self, batch: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        images, labels = default_collate(batch)
-        p = self.pixels
-        if p == 0:
-            return images, labels
-        n, _, height, width = images.shape
-        padded = torch.nn.functional.pad(images, (p, p, p, p), value=self.fill)
-        dy, dx = torch.randint(0, 2 * p + 1, (2, n), generator=self.generator)
-        rows = dy[:, None] + torch.arange(height)
-        columns = dx[:, None] + torch.arange(width)
-        index = torch.arange(n)[:, None, None]
-        return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous(), labels
-
-
-@dataclass(frozen=True)
-class Data:
-    """One dataset, split once and for all.
-
-    :param train, validation, test: images (float32, N x C x H x W) and labels (int64, N).
-    :param classes: number of labels.
-    :param shift: random shift of training images, in pixels; ``fill`` is the value of the background.
-    :param description: one line for reports.
-    """
-
-    train: TensorDataset
-    validation: TensorDataset
-    test: TensorDataset
-    classes: int
-    shift: int
-    fill: float
-    description: str
-
-    @property
-    def sample_shape(self) -> tuple[int, ...]:
-        """Shape of one image, C x H x W."""
-        return tuple(self.train.tensors[0].shape[1:])
-
-    @property
-    def example(self) -> Tensor:
-        """One training image as a batch, 1 x C x H x W."""
-        return self.train.tensors[0][:1]
-
-    def training_loader(self, batch_size: int, seed: int) -> DataLoader:
-        """Shuffled and shifted; the order depends on ``seed`` only. An incomplete last batch is left out."""
-        generator = torch.Generator().manual_seed(seed)
-        return DataLoader(
-            self.train,
-            batch_size,
-            shuffle=True,
-            drop_last=len(self.train) >= batch_size,
-            generator=generator,
-            collate_fn=RandomShift(self.shift, self.fill, generator),
-        )
-
-    def calibration_loader(self, batch_size: int) -> DataLoader:
-        """Training images as they are, in a fixed order that mixes the classes."""
-        return DataLoader(self.train, batch_size)
-
-    def validation_loader(self, batch_size: int = 256) -> DataLoader:
-        """Held-out part of the training images, which chooses the best epoch."""
-        return DataLoader(self.validation, batch_size)
-
-    def test_loader(self, batch_size: int = 256) -> DataLoader:
-        """Test images; nothing is chosen by them."""
-        return DataLoader(self.test, batch_size)
+from fat_plugins.recipes.data_cifar import CIFAR10, CIFAR100, CifarParams, cifar
+from fat_plugins.recipes.data_folder import FolderParams, imagefolder
+from fat_plugins.recipes.data_own import CallableDataParams, own
+from fat_plugins.recipes.loading import Data, Images, ShiftedImages, stratified_split
 
 
 class DigitsParams(Params):
@@ -101,18 +27,8 @@ class DigitsParams(Params):
     shift: int = Field(1, ge=0, le=3, description="Random shift of training images, in pixels.")
 
 
-def stratified_split(labels: np.ndarray, fraction: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the two parts, every class divided alike, both shuffled.
-
-    :param fraction: size of the second part.
-    """
-    second = []
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
-        second.append(members[: round(len(members) * fraction)])
-    second = rng.permutation(np.concatenate(second))
-    first = rng.permutation(np.setdiff1d(np.arange(len(labels)), second))
-    return first, second
+def _shifted(images: Images, shift: int, fill: float, seed: int) -> ShiftedImages:
+    return ShiftedImages(images, seed, shift, fill)
 
 
 def _digits(params: DigitsParams) -> Data:
@@ -129,16 +45,16 @@ def _digits(params: DigitsParams) -> Data:
     train, validation = rest[inner_train], rest[inner_validation]
     mean, std = float(images[train].mean()), float(images[train].std())
 
-    def part(index: np.ndarray) -> TensorDataset:
-        return TensorDataset(torch.from_numpy((images[index] - mean) / std), torch.from_numpy(labels[index]))
+    def part(index: np.ndarray) -> Images:
+        return Images(torch.from_numpy((images[index] - mean) / std), torch.from_numpy(labels[index]))
 
+    images_to_learn = part(train)
     return Data(
-        part(train),
+        images_to_learn,
         part(validation),
         part(test),
         classes=10,
-        shift=params.shift,
-        fill=-mean / std,
+        augmented=partial(_shifted, images_to_learn, params.shift, -mean / std),
         description=f"scikit-learn digits, 8x8, {len(train)} training / {len(validation)} validation / "
         f"{len(test)} test images",
     )
@@ -190,10 +106,10 @@ def _shapes(params: ShapesParams) -> Data:
     """Five outlines, plain or striped: drawn by formula, so nothing has to be downloaded."""
     rng = np.random.default_rng(params.data_seed)
 
-    def part(count: int) -> TensorDataset:
+    def part(count: int) -> Images:
         labels = rng.permutation(np.arange(count) % (len(_OUTLINES) * _TEXTURES))
         images = _shape_images(labels, params, rng)
-        return TensorDataset(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
+        return Images(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
 
     train, validation, test = part(params.train), part(params.validation), part(params.test)
     return Data(
@@ -201,8 +117,7 @@ def _shapes(params: ShapesParams) -> Data:
         validation,
         test,
         classes=len(_OUTLINES) * _TEXTURES,
-        shift=params.shift,
-        fill=0.0,
+        augmented=partial(_shifted, train, params.shift, 0.0),
         description=f"procedural shapes, {params.size}x{params.size}, noise {params.noise:g}, "
         f"{params.train} training / {params.validation} validation / {params.test} test images",
     )
@@ -212,4 +127,9 @@ def _shapes(params: ShapesParams) -> Data:
 DATASETS: dict[str, tuple[type[Params], Callable[[Any], Data]]] = {
     "digits": (DigitsParams, _digits),
     "shapes": (ShapesParams, _shapes),
+    "cifar10": (CifarParams, partial(cifar, CIFAR10)),
+    "cifar100": (CifarParams, partial(cifar, CIFAR100)),
+    "imagenet": (FolderParams, partial(imagefolder, "ImageNet")),
+    "imagefolder": (FolderParams, partial(imagefolder, "images in folders")),
+    "callable": (CallableDataParams, own),
 }

@@ -40,7 +40,8 @@ class Host(Protocol):
         :param config: NNCF config with ``input_info`` and ``compression``.
         :param loader: batches ``(images, labels)`` for initialisation.
         :param compression_state: of :meth:`compression_state`; rebuilds the quantizers without initialising them.
-        :return: controller (``loss()``, ``scheduler.step()``, ``scheduler.epoch_step()``) and the model to train.
+        :return: controller (``loss()``; ``scheduler`` with ``step()``, ``epoch_step()``, ``get_state()`` in JSON types
+            and ``load_state(state)``) and the model to train.
         """
         ...
 

@@ -1,8 +1,10 @@
-"""Recipe files: YAML read by ``yaml.safe_load``, errors with file, line and key."""
+"""Recipe files: YAML read by ``yaml.safe_load``, errors with file, line and key. A recipe may extend others."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,10 @@ from fat_plugins.recipes.schema import Recipe
 #: no honest recipe is larger; keeps a wrong file name from filling the memory
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 50
+#: files that one recipe is made of
+MAX_FILES = 16
+#: a section that names another thing than the one it replaces has nothing to do with it
+_KINDS = ("name", "algorithm")
 _STARTS = (
     yaml.FlowSequenceStartToken,
     yaml.FlowMappingStartToken,
@@ -27,9 +33,23 @@ _ENDS = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken
 
 
 def shipped() -> dict[str, Path]:
-    """Recipes that come with the package, by name."""
+    """Recipes that come with the package, by name, such as ``cifar10/resnet20_fat_w4a4``."""
     folder = Path(str(resources.files("fat_plugins.recipes") / "shipped"))
-    return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+    paths = (p for p in sorted(folder.rglob("*.yaml")) if not p.name.startswith("_"))  # _: parts of recipes
+    return {p.relative_to(folder).with_suffix("").as_posix(): p for p in paths}
+
+
+def list_recipes() -> list[dict[str, str]]:
+    """Name, path and first sentence of the opening comment of every shipped recipe."""
+    rows = []
+    for name, path in shipped().items():
+        comment = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if not line.startswith("#"):
+                break
+            comment.append(line[1:].strip())
+        rows.append({"name": name, "path": str(path), "about": re.split(r"(?<=\.) ", " ".join(comment))[0]})
+    return rows
 
 
 def find_recipe(name: str | Path) -> Path:
@@ -46,7 +66,7 @@ def find_recipe(name: str | Path) -> Path:
     if path.is_dir():
         raise ConfigError(f"recipe {str(name)!r} is a directory; expected a YAML file")
     raise ConfigError(
-        f"no recipe file {str(name)!r}; shipped recipes: {', '.join(known) or 'none'}{nearest(path.stem, known)}"
+        f"no recipe file {str(name)!r}; `fat-plugins recipes` lists the shipped ones{nearest(name, known)}"
     )
 
 
@@ -127,30 +147,116 @@ def _parse(text: str, path: Path) -> tuple[Any, dict[tuple, int]]:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def load_recipe(name: str | Path) -> Recipe:
-    """Read and check a recipe.
+def _merge(base: Any, new: Any) -> Any:
+    """``new`` in the place of ``base``: sections key by key, everything else replaced."""
+    if not isinstance(base, dict) or not isinstance(new, dict):
+        return new
+    if any(key in base and key in new and base[key] != new[key] for key in _KINDS):
+        return new
+    return _merge_keys(base, new)
 
-    :param name: a YAML file, or the name of a shipped recipe.
-    :raises ConfigError: one line with file, line, the key's path, the value, what is allowed and the nearest key.
-    """
-    path = find_recipe(name)
+
+def _merge_keys(base: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The same of two mappings, whatever they name."""
+    return {**base, **{k: _merge(base[k], v) if k in base else v for k, v in new.items()}}
+
+
+def _base(name: Any, path: Path) -> Path:
+    """The file that ``extends`` means: one beside or below the recipe, or a shipped recipe by name."""
+    if not isinstance(name, str):
+        raise ConfigError(f"{path}: extends: expected a file or a list of files, got {name!r}")
+    if Path(name).suffix not in (".yaml", ".yml"):
+        known = shipped()
+        if name not in known:
+            raise ConfigError(f"{path}: extends: no shipped recipe {name!r}, nor a .yaml file{nearest(name, known)}")
+        return known[name]
+    found = (path.parent / name).resolve()
+    if not found.is_relative_to(path.parent.resolve()):
+        raise ConfigError(f"{path}: extends: {name!r} lies outside the recipe's folder")
+    if not found.is_file():
+        raise ConfigError(f"{path}: extends: no file {found}")
+    return found
+
+
+def _assemble(path: Path, above: tuple[Path, ...], read: list[Path]) -> tuple[dict[str, Any], dict[tuple, str]]:
+    """A recipe's mapping with all that it extends, and where every key stands (file and line)."""
+    read.append(path)
+    if len(read) > MAX_FILES:
+        raise ConfigError(f"{read[0]}: extends: made of more than {MAX_FILES} files")
     raw, lines = _parse(_read(path), path)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping with keys such as model, data, compression")
     if isinstance(raw.get("compression"), str):
         raw["compression"] = read_json_config(path.parent / raw["compression"])
+    above = (*above, path.resolve())
+    merged: dict[str, Any] = {}
+    places: dict[tuple, str] = {}
+    bases = raw.pop("extends", None) or []
+    for name in bases if isinstance(bases, list) else [bases]:
+        base = _base(name, path)
+        if base.resolve() in above:
+            raise ConfigError(f"{path}: extends: {name!r} extends this recipe in turn")
+        other, elsewhere = _assemble(base, above, read)
+        other.pop("name", None)  # of the other recipe's run directory
+        merged = _merge_keys(merged, other)
+        places.update(elsewhere)
+    places.update({loc: f"{path}:{line}" for loc, line in lines.items()})
+    return _merge_keys(merged, raw), places
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """Nested mapping of settings such as ``data.params.root=/images``, each value read as YAML.
+
+    :raises ConfigError: no ``=``, or not YAML.
+    """
+    merged: dict[str, Any] = {}
+    for setting in settings:
+        key, found, text = setting.partition("=")
+        if not found or not all(key.split(".")):
+            raise ConfigError(f"--set: expected key=value such as training.epochs=3, got {setting!r}")
+        value, _ = _parse(text, Path("--set"))
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        merged = _merge_keys(merged, value)
+    return merged
+
+
+def load_recipe(name: str | Path, settings: Iterable[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    :param name: a YAML file, or the name of a shipped recipe.
+    :param settings: what to change in it, each as ``key.of.recipe=value``.
+    :raises ConfigError: one line with file, line, the key's path, the value, what is allowed and the nearest key.
+    """
+    path = find_recipe(name)
+    raw, places = _assemble(path, (), [])
+    raw.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "_", path.stem).lstrip("._-") or "recipe")
+    changes = parse_settings(settings)
     try:
-        recipe = Recipe.model_validate(raw)
+        recipe = Recipe.model_validate(_merge_keys(raw, changes))
     except ValidationError as error:
         loc = tuple(first_error(error)["loc"])
-        while loc not in lines and loc:
-            loc = loc[:-1]
-        raise ConfigError(f"{path}:{lines.get(loc, 1)}: {explain(error, Recipe)}") from None
+        place = "--set" if _given(changes, loc, places) else None
+        while place is None and loc:
+            place, loc = places.get(loc), loc[:-1]
+        raise ConfigError(f"{place or f'{path}:1'}: {explain(error, Recipe)}") from None
     try:
         recipe.check()
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return recipe
+
+
+def _given(changes: Any, loc: tuple, places: dict[tuple, str]) -> bool:
+    """Whether the key at ``loc`` comes from a setting."""
+    known = loc in places
+    for part in loc:
+        if not isinstance(changes, dict):
+            return True  # within a value that was set
+        if part not in changes:
+            return False
+        changes = changes[part]
+    return not known or not isinstance(changes, dict)
 
 
 def dump_recipe(recipe: Recipe) -> str:

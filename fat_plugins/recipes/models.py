@@ -1,4 +1,4 @@
-"""Models that recipes name. A name stands for a class of this file; nothing is imported from a recipe."""
+"""Models that recipes name: ours, torchvision's, or what a function of the user's own makes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor, nn
 
+from fat_plugins.errors import ConfigError, nearest, unknown
 from fat_plugins.quantizer import Params
+from fat_plugins.recipes.imports import load
+from fat_plugins.recipes.nets_cifar import NETS
+from fat_plugins.recipes.vision import torchvision
 
 
 class DigitsCNNParams(Params):
@@ -53,7 +57,61 @@ def _digits_cnn(params: DigitsCNNParams, sample_shape: tuple[int, ...], classes:
     return DigitsCNN(sample_shape[0], classes, params.width)
 
 
+class CallableModelParams(Params):
+    """Options of the model ``callable``."""
+
+    factory: str = Field(
+        description="'module:function'; it is called with the keyword arguments `sample_shape` (C, H, W) and `classes` "
+        "and returns an nn.Module."
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="Further keyword arguments of the function.")
+
+
+def _own(params: CallableModelParams, sample_shape: tuple[int, ...], classes: int) -> nn.Module:
+    key = "model.params.factory"
+    model = load(params.factory, key)(sample_shape=sample_shape, classes=classes, **params.options)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{key}: {params.factory} returned {type(model).__name__}, expected a torch.nn.Module")
+    return model
+
+
 #: what a recipe may name: options and maker (from the options, the shape of an image and the number of classes)
 MODELS: dict[str, tuple[type[Params], Callable[[Any, tuple[int, ...], int], nn.Module]]] = {
-    "digits_cnn": (DigitsCNNParams, _digits_cnn)
+    "digits_cnn": (DigitsCNNParams, _digits_cnn),
+    **NETS,
+    "callable": (CallableModelParams, _own),
 }
+#: those of torchvision that need telling: logits only, images as its weights expect them
+_PLAIN_LOGITS = {"aux_logits": False, "transform_input": True, "init_weights": True}
+_TORCHVISION = {"googlenet": _PLAIN_LOGITS, "inception_v3": _PLAIN_LOGITS}
+
+
+def check_model(name: str) -> None:
+    """Refuse a name that is neither ours nor one of torchvision's classification models.
+
+    :raises ConfigError: with the nearest name.
+    """
+    if name in MODELS:
+        return
+    try:
+        models = torchvision(f"model {name!r}", "models")
+    except ConfigError as error:
+        raise ConfigError(f"{unknown('model', name, MODELS)}; torchvision's models are out of reach: {error}") from None
+    known = models.list_models(module=models)
+    if name not in known:
+        close = nearest(name, [*MODELS, *known])
+        raise ConfigError(f"unknown model {name!r}; allowed: {', '.join(MODELS)}, torchvision's classifiers{close}")
+
+
+def build_torchvision(name: str, params: dict[str, Any], classes: int) -> nn.Module:
+    """torchvision's model, without weights.
+
+    :param params: keyword arguments of torchvision's function.
+    :raises ConfigError: torchvision does not take them.
+    """
+    models = torchvision(f"model {name!r}", "models")
+    try:
+        options = {**_TORCHVISION.get(name, {}), **params}
+        return models.get_model(name, weights=None, num_classes=classes, **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.params: torchvision's {name}: {error}") from None

@@ -2,35 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from fat_plugins.recipes.logs import Log
+
+if TYPE_CHECKING:
+    from fat_plugins.recipes.trainer import EpochRecord
 
 #: lines that a phase prints where no bar can be drawn
 LINES_PER_PHASE = 4
 
 
 class Phase:
-    """One phase of training, as the trainer reports it."""
+    """One phase of training, as the trainer reports it.
 
-    def __init__(self, reporter: Reporter, title: str, epochs: int, bar: Progress | None, task: TaskID | None) -> None:
-        self._reporter, self._title, self._epochs, self._bar, self._task = reporter, title, epochs, bar, task
+    :param epochs, steps: planned, and optimizer steps per epoch.
+    :param done: epochs that an earlier run did.
+    """
 
-    def step(self, epoch: float, loss: float, accuracy: float) -> None:
-        """:param epoch: epochs done, with fraction; loss and accuracy (0 to 1) are those of the running epoch."""
+    def __init__(
+        self,
+        reporter: Reporter,
+        title: str,
+        epochs: int,
+        steps: int,
+        done: int,
+        bar: Progress | None = None,
+        task: TaskID | None = None,
+    ) -> None:
+        self._reporter, self._title, self._epochs, self._steps, self._done = reporter, title, epochs, steps, done
+        self._bar, self._task = bar, task
+        self._start = time.monotonic()
+        #: epoch, images and time of its first reading: the first step of a phase is not like the others
+        self._begun: tuple[int, int, float] | None = None
+        self._speed: float | None = None
+
+    def step(self, epoch: int, step: int, loss: float, accuracy: float, images: int) -> None:
+        """Steps of an epoch are done.
+
+        :param epoch, step: epochs done, and steps of this one.
+        :param loss, accuracy: mean over this epoch (accuracy 0 to 1).
+        :param images: images of this epoch so far, of all processes.
+        """
+        now = time.monotonic()
+        if self._begun is None or self._begun[0] != epoch:
+            self._begun = (epoch, images, now)
+        elif now > self._begun[2]:
+            self._speed = (images - self._begun[1]) / (now - self._begun[2])
         if self._bar is not None:
-            self._bar.update(self._task, completed=epoch, values=f"loss {loss:.3f}  train acc {accuracy:6.2%}")
+            values = f"loss {loss:.3f}  train acc {accuracy:6.2%}{self._images_per_second()}"
+            self._bar.update(self._task, completed=epoch + step / self._steps, values=values)
 
-    def epoch(self, done: int, loss: float, accuracy: float, held_out: float) -> None:
-        """An epoch is over; ``held_out`` is the accuracy on the validation images."""
-        values = f"loss {loss:.3f}  train acc {accuracy:6.2%}  val acc {held_out:6.2%}"
+    def _images_per_second(self) -> str:
+        return "" if self._speed is None else f"  {self._speed:,.0f} images/s"
+
+    def epoch(self, record: EpochRecord) -> None:
+        """An epoch is over."""
+        done, seconds = record.epoch + 1, time.monotonic() - self._start
+        speed = None if self._speed is None else round(self._speed, 1)
+        self._reporter.event(
+            "epoch", phase=self._title, epochs=self._epochs, **record.to_dict(), images_per_second=speed
+        )
+        values = (
+            f"loss {record.train_loss:.3f}  train acc {record.train_accuracy:6.2%}  "
+            f"val acc {record.validation_accuracy:6.2%}{self._images_per_second()}"
+        )
         if self._bar is not None:
             self._bar.update(self._task, completed=done, values=values)
             return
         every = max(1, self._epochs // LINES_PER_PHASE)
         if done % every == 0 or done == self._epochs:
+            left = round(seconds / (done - self._done) * (self._epochs - done))
+            values += f"  {timedelta(seconds=left)} left" if left else ""
             self._reporter.say(f"{self._title}: epoch {done}/{self._epochs}  {values}")
 
 
@@ -39,29 +89,45 @@ class Reporter:
 
     :param quiet: print nothing.
     :param console: default: standard error, so that results on standard output stay clean.
+    :param logs: receive every event, also when quiet.
+    :ivar about: what is being trained (algorithm, seed, stage), part of every event until it is replaced.
     """
 
-    def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
+    def __init__(self, quiet: bool = False, console: Console | None = None, logs: Sequence[Log] = ()) -> None:
         self.console = console or Console(stderr=True)
-        self.quiet = quiet
+        self.quiet, self.logs = quiet, list(logs)
+        self.about: dict[str, Any] = {}
 
     def say(self, text: str) -> None:
         """One line of plain text."""
         if not self.quiet:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def event(self, kind: str, **fields: Any) -> None:
+        """Something for the logs, see :class:`fat_plugins.recipes.logs.Log`."""
+        for log in self.logs:
+            log.event(kind, {**self.about, **fields})
+
+    def close(self) -> None:
+        """Close the logs."""
+        for log in self.logs:
+            log.close()
+
     @contextmanager
-    def phase(self, title: str, epochs: int) -> Iterator[Phase]:
-        """Follow one phase of training."""
+    def phase(self, title: str, epochs: int, steps: int, done: int = 0) -> Iterator[Phase]:
+        """Follow one phase of training; parameters as of :class:`Phase`."""
+        self.event("stage", phase=title, epochs=epochs, steps_per_epoch=steps, epochs_done=done)
         if self.quiet or not self.console.is_terminal:
-            yield Phase(self, title, epochs, None, None)
+            yield Phase(self, title, epochs, steps, done)
             return
         columns = (
             TextColumn("{task.description:<24}"),
             BarColumn(bar_width=24),
             TextColumn("epoch {task.completed:.0f}/{task.total}"),
             TextColumn("{task.fields[values]}"),
-            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("left"),
         )
         with Progress(*columns, console=self.console) as bar:
-            yield Phase(self, title, epochs, bar, bar.add_task(title, total=epochs, values=""))
+            task = bar.add_task(title, total=epochs, completed=done, values="")
+            yield Phase(self, title, epochs, steps, done, bar, task)

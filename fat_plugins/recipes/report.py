@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
+from fat_plugins.errors import CheckpointError
 from fat_plugins.recipes.deploy import Deployment, LayerRow
 from fat_plugins.recipes.schema import Recipe, plugin_section
 from fat_plugins.recipes.targets import TARGETS, Target
@@ -102,6 +103,27 @@ class RunReport:
         facts["Versions"] = ", ".join(f"{k} {v}" for k, v in versions.items())
         return report
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> RunReport:
+        """Read what :meth:`to_dict` wrote.
+
+        :raises CheckpointError: it is no such dictionary.
+        """
+        try:
+            results = []
+            for result in data["results"]:
+                deployments = []
+                for deployment in result["deployments"]:
+                    fields = {k: v for k, v in deployment.items() if k != "code_bytes"}
+                    rows = [LayerRow(**row) for row in deployment["layers"]]
+                    deployments.append(Deployment(**{**fields, "layers": rows}))
+                results.append(VariantResult(**{**result, "deployments": deployments}))
+            names = {r.algorithm for r in results}
+            labels = {name: data.get("labels", {}).get(name, name.upper()) for name in sorted(names)}
+            return cls(data["name"], data["facts"], labels, results, data.get("versions", {}))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"report.json: not the results of a run of this version: {error}") from None
+
     @property
     def verified(self) -> bool:
         """Nothing that was compared differs."""
@@ -121,6 +143,10 @@ class RunReport:
     def _sized(self) -> Target | None:
         """The target whose file shows in the table of sizes: one that stores codes at their width, if there is one."""
         return next((t for t in self.targets if t.packed), None)
+
+    def size_of(self, result: VariantResult) -> tuple[int, int]:
+        """Bytes of a result's weights as the table of sizes counts them, and of the same in float32."""
+        return _size(result, self._sized)
 
     def sizes(self) -> str:
         """What has to be said about files that do not store codes at their width; empty where all do."""
@@ -185,6 +211,7 @@ class RunReport:
             "name": self.name,
             "verified": self.verified,
             "facts": self.facts,
+            "labels": self.labels,
             "versions": self.versions,
             "results": [{**asdict(r), "deployments": [d.to_dict() for d in r.deployments]} for r in self.results],
         }

@@ -1,33 +1,25 @@
 """A recipe from beginning to end, and the directory that holds what came out.
 
 ``<run>/recipe.yaml`` (resolved), ``metrics.json``, ``report.json``, ``results.md``, ``checkpoint/`` and ``export/``.
-Baselines and further seeds have directories of the same kind inside: ``baselines/lsq``, ``seeds/1``.
+Baselines and further seeds have directories of the same kind inside: ``baselines/lsq``, ``seeds/1``. Until the run is
+complete, ``state/`` holds what it takes to go on.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 
-from fat_plugins.errors import CheckpointError, ConfigError
-from fat_plugins.explain import explain
-from fat_plugins.quantizer import named_quantizers
+from fat_plugins.errors import ConfigError
 from fat_plugins.recipes.checkpoint import (
     Checkpoint,
     cpu_state,
     load_checkpoint,
-    load_fitting,
     load_state,
     save_checkpoint,
     write_json,
@@ -35,76 +27,29 @@ from fat_plugins.recipes.checkpoint import (
 )
 from fat_plugins.recipes.data import Data
 from fat_plugins.recipes.deploy import Deployment, deploy, versions
-from fat_plugins.recipes.hosts import Host, get_host
+from fat_plugins.recipes.directory import (
+    BEST,
+    FLOAT,
+    LAST,
+    RECIPE,
+    REPORT,
+    checkpoint_path,
+    model_path,
+    resumed_directory,
+    run_directory,
+)
+from fat_plugins.recipes.hosts import get_host
+from fat_plugins.recipes.interrupt import Interrupted, Interrupts
 from fat_plugins.recipes.loader import dump_recipe
+from fat_plugins.recipes.parts import parts_of
 from fat_plugins.recipes.progress import Reporter
 from fat_plugins.recipes.report import RunReport, VariantResult
+from fat_plugins.recipes.resume import RunState, finished_run, result_from_dict, result_to_dict
 from fat_plugins.recipes.schema import BaselineSection, Recipe
-from fat_plugins.recipes.targets import Target
-from fat_plugins.recipes.trainer import EpochRecord, evaluate, fit
-
-FLOAT, LAST, BEST = "float", "last", "best"
-
-
-def checkpoint_path(directory: Path, which: str) -> Path:
-    """File of one checkpoint of a run: ``float``, ``last`` or ``best``."""
-    return directory / "checkpoint" / f"{which}.safetensors"
-
-
-def model_path(directory: Path, target: Target) -> Path:
-    """The exported model of a run."""
-    return directory / "export" / target.file
-
-
-@contextmanager
-def run_directory(directory: Path, overwrite: bool, say: Callable[[str], None] = lambda _: None) -> Iterator[Path]:
-    """Where a run may write. An earlier run in ``directory`` is replaced only when the new one is complete.
-
-    :raises ConfigError: the directory is not empty and ``overwrite`` is not set, or it holds something else than a run.
-    """
-    directory = directory.resolve()
-    try:
-        if directory.exists() and not directory.is_dir():
-            raise ConfigError(f"output {directory} is a file, expected a directory")
-        occupied = directory.is_dir() and any(directory.iterdir())
-        if not occupied:
-            directory.mkdir(parents=True, exist_ok=True)
-            if not os.access(directory, os.W_OK | os.X_OK):
-                raise ConfigError(f"output {directory} cannot be written to")
-            yield directory
-            return
-        if not overwrite:
-            raise ConfigError(f"output {directory} is not empty: give another --output, or --overwrite to replace it")
-        if not (directory / "recipe.yaml").is_file():
-            raise ConfigError(f"output {directory} does not hold a run (no recipe.yaml): --overwrite refused")
-        fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}.new-", dir=directory.parent))
-    except OSError as error:
-        raise ConfigError(f"output {directory} cannot be written to: {error.strerror or error}") from None
-    try:
-        yield fresh
-    except BaseException:
-        say(f"the earlier run in {directory} is untouched; the unfinished one is in {fresh}")
-        raise
-    fresh.chmod(directory.stat().st_mode)
-    old = fresh.with_name(fresh.name.replace(".new-", ".old-"))
-    os.replace(directory, old)
-    os.replace(fresh, directory)
-    shutil.rmtree(old)
-
-
-@dataclass
-class _Context:
-    """What all parts of one run share."""
-
-    recipe: Recipe
-    data: Data
-    host: Host
-    reporter: Reporter
-    root: Path
-    seed: int = 0
-
-    def title(self, name: str) -> str:
-        return f"{name}, seed {self.seed}" if len(self.recipe.seeds) > 1 else name
+from fat_plugins.recipes.state import seed_everything
+from fat_plugins.recipes.trainer import evaluate
+from fat_plugins.recipes.variant import Context, Options, Variant
+from fat_plugins.recipes.world import World
 
 
 def train(
@@ -113,14 +58,27 @@ def train(
     *,
     overwrite: bool = False,
     reporter: Reporter | None = None,
+    options: Options | None = None,
+    world: World | None = None,
+    interrupts: Interrupts | None = None,
 ) -> RunReport:
     """Run a recipe: float training, fine-tuning, export, verification, baselines, for every seed.
 
     :param directory: where everything goes; see :func:`run_directory`.
+    :param overwrite: replace an earlier run; it stays until the new one is complete.
+    :param world: the processes that train together; default: this one, on the CPU.
+    :param interrupts: of the caller that catches signals.
     :raises FatPluginsError: bad recipe, missing host or exporter, unwritable directory; found before any training.
+    :raises Interrupted: a signal came; ``directory`` of it says where the run can go on.
     """
+    options, world = options or Options(), world or World()
     reporter = reporter or Reporter(quiet=True)
+    if options.resume and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other")
     recipe.check()
+    if options.resume and (done := finished_run(resumed_directory(directory, recipe))) is not None:
+        reporter.say(f"the run in {directory} is complete: nothing is left to do")
+        return _collected(recipe, recipe.data.build(), done["versions"], [result_from_dict(r) for r in done["results"]])
     host = get_host(recipe.host)
     targets = recipe.export.targets if recipe.export is not None else []
     for wanted in targets:
@@ -129,18 +87,53 @@ def train(
     for variant in (None, *recipe.baselines):
         for stage in recipe.training.stages:
             host.check(recipe.config_for(variant, stage), data.example)
-    with run_directory(directory, overwrite, reporter.say) as target, _threads(recipe.threads):
-        write_text(target / "recipe.yaml", dump_recipe(recipe))
-        context = _Context(recipe, data, host, reporter, target)
-        results: list[VariantResult] = []
-        for i, seed in enumerate(recipe.seeds):
-            context.seed = seed
-            results += _run_seed(context, target if i == 0 else target / "seeds" / str(seed))
-        model = recipe.model.build(data)
-        report = RunReport.collect(recipe, data.description, model, versions(host, targets), results)
-        write_json(target / "report.json", report.to_dict())
-        write_text(target / "results.md", report.to_markdown())
+    with _directory(recipe, directory, overwrite, options, world, reporter) as target, _threads(recipe.threads):
+        own = {"--max-steps": options.max_steps, "number of processes": world.size}
+        state = RunState(target, own, reporter.say, writes=world.main)
+        context = Context(recipe, data, host, reporter, target, state, options, world, interrupts or Interrupts())
+        if options.resume:
+            state.resume()
+        else:
+            if world.main:
+                write_text(target / RECIPE, dump_recipe(recipe))
+            state.begin()
+        reporter.event("start", recipe=recipe.name, directory=str(target), resumed=options.resume, seeds=recipe.seeds)
+        try:
+            for i, seed in enumerate(recipe.seeds):
+                context.seed = seed
+                _run_seed(context, target if i == 0 else target / "seeds" / str(seed))
+        except BaseException as error:
+            if isinstance(error, Interrupted):
+                error.directory = target
+            reporter.event("end", status="interrupted" if isinstance(error, Interrupted) else "failed")
+            raise
+        report = _collected(recipe, data, versions(host, targets), state.results)
+        if world.main:
+            write_json(target / REPORT, report.to_dict())
+            write_text(target / "results.md", report.to_markdown())
+        state.close()
+        reporter.about = {}
+        reporter.event("end", status="complete", verified=report.verified)
     return report
+
+
+def _collected(recipe: Recipe, data: Data, found: dict[str, str], results: list[VariantResult]) -> RunReport:
+    return RunReport.collect(recipe, data.description, recipe.model.build(data), found, results)
+
+
+@contextmanager
+def _directory(
+    recipe: Recipe, directory: Path, overwrite: bool, options: Options, world: World, reporter: Reporter
+) -> Iterator[Path]:
+    """Where the run writes: the first process sees to it."""
+    if options.resume:
+        yield resumed_directory(directory, recipe)
+    elif world.main:
+        with run_directory(directory, overwrite, reporter.say) as target:
+            world.tell(str(target))
+            yield target
+    else:
+        yield Path(world.tell())
 
 
 @contextmanager
@@ -154,141 +147,85 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _run_seed(context: _Context, directory: Path) -> list[VariantResult]:
+def _run_seed(context: Context, directory: Path) -> None:
     """Float training once, then the recipe's algorithm and every baseline from the same float weights."""
-    recipe, data = context.recipe, context.data
-    torch.manual_seed(context.seed)
-    model = recipe.model.build(data)
-    history = fit(
-        model,
-        data,
-        recipe.pretrain,
-        batch_size=recipe.data.batch_size,
-        seed=context.seed,
-        reporter=context.reporter,
-        title=context.title("float"),
-    )
-    accuracy = evaluate(model, data.test_loader())[1]
-    metrics = {"seed": context.seed, "float": {"test_accuracy": accuracy, "epochs": [r.to_dict() for r in history]}}
-    progress = {"variant": FLOAT, "seed": context.seed, "epoch": recipe.pretrain.epochs}
-    save_checkpoint(
-        checkpoint_path(directory, FLOAT),
-        Checkpoint(
-            cpu_state(model),
-            recipe=recipe.model_dump(mode="json"),
-            progress=progress,
-            metrics={"test_accuracy": accuracy},
-        ),
-    )
-    results = []
+    recipe, left = context.recipe, []
     for baseline in (None, *recipe.baselines):
-        target = directory if baseline is None else directory / "baselines" / baseline.algorithm
-        result, variant_metrics = _run_variant(context, model, baseline, target)
-        result.float_accuracy = accuracy
-        results.append(result)
-        write_json(target / "metrics.json", {**metrics, "quantized": variant_metrics})
-    return results
+        name = recipe.algorithm if baseline is None else baseline.algorithm
+        if context.state.result(context.seed, name) is None:
+            left.append((name, baseline))
+    if not left:
+        return
+    model, metrics = _float_model(context, checkpoint_path(directory, FLOAT))
+    for name, baseline in left:
+        target = directory if baseline is None else directory / "baselines" / name
+        result, quantized = _run_variant(context, model, name, baseline, target)
+        result.float_accuracy = metrics["test_accuracy"]
+        if context.world.main:
+            write_json(target / "metrics.json", {"seed": context.seed, "float": metrics, "quantized": quantized})
+        context.state.add(result)
+        files = [{"format": d.format, "accuracy": d.accuracy, "verified": d.verified} for d in result.deployments]
+        context.reporter.about = {"variant": name, "seed": context.seed}
+        context.reporter.event("result", test_accuracy=result.accuracy, deployments=files)
+
+
+def _float_model(context: Context, path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The float model of a seed and its metrics: from its checkpoint if an earlier run finished it, else trained."""
+    recipe, data, world = context.recipe, context.data, context.world
+    seed_everything(context.seed)
+    if world.tell(path.is_file()):  # of a run that goes on: any other has an empty directory
+        model = recipe.model.build(data).to(world.device)
+        stored = load_checkpoint(path)
+        load_state(model, stored.state, str(path))
+        return model.eval(), stored.metrics
+    model = recipe.model.pretrained(data).to(world.device)
+    parts = parts_of(recipe.pretrain, model)
+    trainer = context.trainer(model, recipe.pretrain, FLOAT, FLOAT, dict, parts=parts)
+    saved = context.state.take(context.seed, FLOAT)
+    if saved is not None:
+        trainer.load_state_dict(saved["trainer"], str(context.state.path))
+    history = [r.to_dict() for r in trainer.run()]
+    metrics = {"test_accuracy": evaluate(model, data.test_loader(), world)[1], "epochs": history}
+    progress = {"variant": FLOAT, "seed": context.seed, "epoch": len(history)}
+    if world.main:
+        stored = Checkpoint(cpu_state(model), recipe=recipe.model_dump(mode="json"), progress=progress, metrics=metrics)
+        save_checkpoint(path, stored)
+    return model, metrics
 
 
 def _run_variant(
-    context: _Context, float_model: nn.Module, baseline: BaselineSection | None, directory: Path
+    context: Context, float_model: nn.Module, name: str, baseline: BaselineSection | None, directory: Path
 ) -> tuple[VariantResult, dict[str, Any]]:
-    recipe, data = context.recipe, context.data
-    name = recipe.algorithm if baseline is None else baseline.algorithm
-    state: dict[str, torch.Tensor] | None = None
-    stages = []
-    for i, stage in enumerate(recipe.training.stages):
-        config = recipe.config_for(baseline, stage)
-        torch.manual_seed(context.seed)
-        controller, model = context.host.compress(
-            deepcopy(float_model), config, data.calibration_loader(recipe.data.batch_size), data.example
-        )
-        if state is not None:
-            load_fitting(model, carried(state, model, stage.carry))
-        phase = recipe.phase(stage)
-        keeper = _Keeper(context, directory, name, config, controller, model, i)
-        records = fit(
-            model,
-            data,
-            phase,
-            batch_size=recipe.data.batch_size,
-            seed=context.seed,
-            controller=controller,
-            reporter=context.reporter,
-            title=context.title(name if len(recipe.training.stages) == 1 else f"{name}, stage {i + 1}"),
-            on_epoch=keeper,
-        )
-        if not records:
-            model.eval()
-            keeper.save(LAST, {})
-            keeper.save(BEST, {})
+    """All stages of one algorithm, then what is deployed; finished results come back as metrics."""
+    recipe, data, world = context.recipe, context.data, context.world
+    variant = Variant(context, name, baseline, directory)
+    saved = context.state.peek(context.seed, name)
+    first = 0
+    if saved is not None:
+        first, variant.done = saved["stage"], saved["done"]
+    state = None
+    for number in range(first, len(recipe.training.stages)):
+        model = variant.stage(number, float_model, state)
         state = cpu_state(model)
-        stages.append({"stage": i, "epochs": [r.to_dict() for r in records]})
     which = recipe.export.checkpoint if recipe.export is not None else LAST
     if which == BEST:
         path = checkpoint_path(directory, BEST)
+        world.tell()  # the first process has written it
         load_state(model, load_checkpoint(path).state, str(path))
-    accuracy = evaluate(model, data.test_loader())[1]
+    accuracy = evaluate(model, data.test_loader(), world)[1]
     result = VariantResult(name, context.seed, baseline is not None, accuracy)
-    if recipe.export is not None:
-        result.deployments = _deploy(context, name, model, directory)
-    metrics = {"algorithm": name, "checkpoint": which, "test_accuracy": accuracy, "stages": stages}
+    if world.main and recipe.export is not None:
+        result.deployments = _deploy(context, name, model.cpu(), directory)
+    told = world.tell(result_to_dict(result))
+    if not world.main:
+        result = result_from_dict(told)
+    metrics = {"algorithm": name, "checkpoint": which, "test_accuracy": accuracy, "stages": variant.done}
     return result, metrics
 
 
-def carried(state: dict[str, torch.Tensor], model: nn.Module, carry: str) -> dict[str, torch.Tensor]:
-    """What the next stage of a bit progression takes: everything, or all but the quantizers' own state."""
-    if carry == "all":
-        return state
-    own = tuple(f"{name}." for name, _ in named_quantizers(model))
-    return {k: v for k, v in state.items() if not k.startswith(own)}
-
-
-class _Keeper:
-    """Writes ``last`` after every epoch and ``best`` when the validation loss is the lowest of the stage."""
-
-    def __init__(
-        self,
-        context: _Context,
-        directory: Path,
-        name: str,
-        config: dict[str, Any],
-        controller: Any,
-        model: nn.Module,
-        stage: int,
-    ) -> None:
-        self.context, self.directory, self.name, self.config = context, directory, name, config
-        self.controller, self.model, self.stage = controller, model, stage
-        self.lowest = float("inf")
-
-    def __call__(self, record: EpochRecord) -> None:
-        self.save(LAST, record.to_dict())
-        if record.validation_loss < self.lowest:
-            self.lowest = record.validation_loss
-            self.save(BEST, record.to_dict())
-
-    def save(self, which: str, metrics: dict[str, Any]) -> None:
-        progress = {
-            "variant": self.name,
-            "seed": self.context.seed,
-            "stage": self.stage,
-            "stages": len(self.context.recipe.training.stages),
-            "epoch": metrics.get("epoch", -1) + 1,
-        }
-        checkpoint = Checkpoint(
-            cpu_state(self.model),
-            config=self.config,
-            compression_state=self.context.host.compression_state(self.controller),
-            recipe=self.context.recipe.model_dump(mode="json"),
-            progress=progress,
-            metrics=metrics,
-        )
-        save_checkpoint(checkpoint_path(self.directory, which), checkpoint)
-
-
-def _deploy(context: _Context, name: str, model: nn.Module, directory: Path) -> list[Deployment]:
+def _deploy(context: Context, name: str, model: nn.Module, directory: Path) -> list[Deployment]:
     export, data, done = context.recipe.export, context.data, []
-    samples = data.test.tensors[0][: export.verify_samples] if export.verify else None
+    samples = data.images("test", export.verify_samples)[0] if export.verify else None
     frozen = context.host.freeze(model)
     for target in export.targets:
         path = model_path(directory, target)
@@ -297,56 +234,3 @@ def _deploy(context: _Context, name: str, model: nn.Module, directory: Path) -> 
         deployment.path = path.relative_to(context.root).as_posix()  # the directory may still be moved
         done.append(deployment)
     return done
-
-
-@dataclass
-class LoadedRun:
-    """A trained model, read back from its run directory."""
-
-    recipe: Recipe
-    data: Data
-    host: Host
-    model: nn.Module
-    checkpoint: Checkpoint
-
-
-def _stored(directory: Path, which: str) -> tuple[Checkpoint, Recipe]:
-    """A checkpoint of a run and the recipe in it."""
-    if not directory.is_dir():
-        raise CheckpointError(f"no run directory {directory}")
-    path = checkpoint_path(directory, which)
-    checkpoint = load_checkpoint(path)
-    try:
-        return checkpoint, Recipe.model_validate(checkpoint.recipe)
-    except ValidationError as error:
-        raise CheckpointError(f"{path}: its recipe is not one of this version: {explain(error, Recipe)}") from None
-
-
-def run_recipe(directory: Path, which: str | None = None) -> Recipe:
-    """The recipe of a run; nothing is built. Parameters and errors are those of :func:`load_run`."""
-    return _stored(directory, which or LAST)[1]
-
-
-def load_run(directory: Path, which: str | None = None) -> LoadedRun:
-    """Rebuild the trained model of a run.
-
-    :param directory: a run, or one of its ``baselines/...`` or ``seeds/...`` directories.
-    :param which: ``"last"`` or ``"best"``; default: the one that the recipe exports.
-    :raises CheckpointError: no run there, or its checkpoint is damaged or belongs to another model.
-    """
-    if which is None:
-        export = run_recipe(directory).export
-        which = export.checkpoint if export is not None else LAST
-    checkpoint, recipe = _stored(directory, which)
-    recipe.check()
-    data, host = recipe.data.build(), get_host(recipe.host)
-    torch.manual_seed(0)
-    _, model = host.compress(
-        recipe.model.build(data),
-        checkpoint.config,
-        data.calibration_loader(recipe.data.batch_size),
-        data.example,
-        compression_state=checkpoint.compression_state,
-    )
-    load_state(model, checkpoint.state, str(checkpoint_path(directory, which)))
-    return LoadedRun(recipe, data, host, model.eval(), checkpoint)

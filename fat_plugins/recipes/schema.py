@@ -13,8 +13,10 @@ from fat_plugins.config import AlgorithmName, CompressionConfig, Section, is_plu
 from fat_plugins.errors import ConfigError, unknown
 from fat_plugins.explain import Expected, explain
 from fat_plugins.recipes.data import DATASETS, Data
-from fat_plugins.recipes.models import MODELS
+from fat_plugins.recipes.models import MODELS, build_torchvision, check_model
+from fat_plugins.recipes.optim import OPTIMIZERS, check_options
 from fat_plugins.recipes.targets import FORMATS, Target, targets_of
+from fat_plugins.recipes.weights import is_file, load_weights, torchvision_weights
 from fat_plugins.registry import algorithms, get_algorithm
 
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
@@ -40,19 +42,51 @@ def _options(kind: str, registry: dict[str, tuple[type, Any]], name: str, params
 class ModelSection(Section):
     """Which network."""
 
-    name: str = Field(description="Name of a registered model.")
-    params: dict[str, Any] = Field(default_factory=dict, description="Options of the model.")
+    name: str = Field(description="Name of a registered model, of torchvision's classifiers, or 'callable'.")
+    params: dict[str, Any] = Field(
+        default_factory=dict, description="Options of the model; for torchvision's the arguments of its function."
+    )
+    weights: str | None = Field(
+        None,
+        description="Pretrained: the name of torchvision's weights, or a file: .safetensors, or one of torch.save, of "
+        "which only tensors are read.",
+    )
+    new_head: bool = Field(False, description="Pretrained weights: the layer that gives the classes starts anew.")
 
     @field_validator("name")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in MODELS:
-            raise ValueError(unknown("model", value, MODELS))
+        check_model(value)
         return value
+
+    @model_validator(mode="after")
+    def _known_weights(self) -> ModelSection:
+        if self.weights is not None and not is_file(self.weights):
+            if self.name in MODELS:
+                raise ValueError(f"weights: {self.weights!r} is no file, and '{self.name}' is not torchvision's")
+            torchvision_weights(self.name, self.weights)
+        return self
+
+    def check(self) -> None:
+        """Options of the model.
+
+        :raises ConfigError: one line with the key.
+        """
+        if self.name in MODELS:
+            _options("model", MODELS, self.name, self.params)
 
     def build(self, data: Data) -> nn.Module:
         """A fresh model for ``data``; its weights come from torch's global random generator."""
+        if self.name not in MODELS:
+            return build_torchvision(self.name, self.params, data.classes)
         return MODELS[self.name][1](_options("model", MODELS, self.name, self.params), data.sample_shape, data.classes)
+
+    def pretrained(self, data: Data) -> nn.Module:
+        """A model to begin with: as :meth:`build`, and with the weights that the recipe names, if any."""
+        model = self.build(data)
+        if self.weights is not None:
+            load_weights(model, self.name, self.weights, self.new_head)
+        return model
 
 
 class DataSection(Section):
@@ -77,14 +111,18 @@ class DataSection(Section):
 class OptimizerSection(Section):
     """Optimizer by name."""
 
-    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    name: Literal[tuple(OPTIMIZERS)] = "sgd"
     lr: Number = Field(gt=0, description="Learning rate of the weights; algorithms derive their own from it.")
     weight_decay: Number = Field(0.0, ge=0)
     momentum: Number | None = Field(None, ge=0, lt=1, description="sgd only; 0.9 unless given.")
     nesterov: bool = Field(False, description="sgd only.")
+    options: dict[str, Number | bool | list[Number]] = Field(
+        default_factory=dict, description="Further arguments of torch's class, such as betas, eps, alpha."
+    )
 
     @model_validator(mode="after")
     def _sgd_only(self) -> OptimizerSection:
+        check_options(self.name, self.options)
         if self.name != "sgd" and (self.momentum is not None or self.nesterov):
             raise ValueError(f"momentum and nesterov belong to 'sgd', not to '{self.name}'")
         return self
@@ -93,16 +131,48 @@ class OptimizerSection(Section):
 class ScheduleSection(Section):
     """Course of the learning rate over one phase of training."""
 
-    name: Literal["cosine", "multistep", "constant"] = "cosine"
-    warmup_epochs: Number = Field(0.0, ge=0, description="Linear rise at the beginning.")
+    name: Literal["cosine", "multistep", "step", "linear", "polynomial", "exponential", "onecycle", "constant"] = (
+        "cosine"
+    )
+    warmup_epochs: Number = Field(
+        0.0, ge=0, description="Linear rise at the beginning; not of onecycle, which has one."
+    )
+    hold_epochs: Number = Field(
+        0.0, ge=0, description="cosine, linear, polynomial: epochs at the full rate before it falls."
+    )
+    final: Number = Field(
+        0.0, ge=0, le=1, description="cosine, linear, polynomial: what is left of the rate at the end."
+    )
     milestones: list[int] = Field(default_factory=list, description="multistep: epochs at which the rate drops.")
-    gamma: Number = Field(0.1, gt=0, le=1, description="multistep: factor of each drop.")
+    step_epochs: int | None = Field(None, ge=1, description="step: epochs between two drops.")
+    gamma: Number = Field(
+        0.1, gt=0, le=1, description="multistep, step: factor of each drop; exponential: every epoch."
+    )
+    power: Number = Field(2.0, gt=0, description="polynomial: the rate falls as (1 - done) to this power.")
 
     @model_validator(mode="after")
     def _milestones(self) -> ScheduleSection:
         if (self.name == "multistep") != bool(self.milestones):
             raise ValueError("milestones belong to 'multistep', which needs at least one")
+        if (self.name == "step") != (self.step_epochs is not None):
+            raise ValueError("step_epochs belongs to 'step', which needs it")
+        falling = ("cosine", "linear", "polynomial")
+        if self.name not in falling and (self.hold_epochs or self.final):
+            raise ValueError(f"hold_epochs and final belong to {', '.join(falling)}, not to '{self.name}'")
         return self
+
+
+class EmaSection(Section):
+    """Exponential moving average of the weights."""
+
+    decay: Number = Field(0.9999, gt=0, lt=1, description="What a step keeps of the average; less in the first steps.")
+
+
+class DistillationSection(Section):
+    """The float model of the recipe as a teacher."""
+
+    alpha: Number = Field(0.5, gt=0, le=1, description="Share of the teacher; the labels have the rest.")
+    temperature: Number = Field(1.0, gt=0, description="Both logits are divided by it.")
 
 
 class TrainSection(Section):
@@ -112,6 +182,20 @@ class TrainSection(Section):
     optimizer: OptimizerSection
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     label_smoothing: Number = Field(0.0, ge=0, lt=1)
+    clip_norm: Number | None = Field(None, gt=0, description="Largest norm of all gradients together.")
+    accumulate: int = Field(
+        1, ge=1, description="Parts in which a batch goes through the network, one after the other, to save memory."
+    )
+    amp: Literal["bf16", "fp16"] | None = Field(None, description="Mixed precision of the forward pass.")
+    ema: EmaSection | None = Field(
+        None, description="Average the weights; it is the averages that are evaluated, saved and exported."
+    )
+    reestimate_norms: bool | Literal["auto"] = Field(
+        "auto",
+        description="Renew the statistics of batch norms before each evaluation; 'auto': where quantizers train with "
+        "noise, so that the statistics of training are those of another network.",
+    )
+    norm_batches: int = Field(32, ge=1, description="Training batches that do so.")
 
 
 class StageTensor(Section):
@@ -138,6 +222,7 @@ class FineTuneSection(TrainSection):
     """Training with quantizers."""
 
     stages: list[Stage] = Field(default_factory=lambda: [Stage()], min_length=1)
+    distillation: DistillationSection | None = Field(None, description="Learn from the float model too.")
 
 
 def _several(value: Any) -> Any:
@@ -214,7 +299,7 @@ class Recipe(BaseModel):
 
         :raises ConfigError: one line with the key's path.
         """
-        _options("model", MODELS, self.model.name, self.model.params)
+        self.model.check()
         _options("data", DATASETS, self.data.name, self.data.params)
         self.compression = complete_config(self.compression)
         names = [self.algorithm, *(b.algorithm for b in self.baselines)]
@@ -245,14 +330,12 @@ class Recipe(BaseModel):
                 section[group] = {**section.get(group, {}), "bits": tensor.bits}
         return config
 
-    def phase(self, stage: Stage) -> TrainSection:
+    def phase(self, stage: Stage) -> FineTuneSection:
         """Training settings of one stage."""
         t = self.training
         optimizer = t.optimizer if stage.lr is None else t.optimizer.model_copy(update={"lr": float(stage.lr)})
         epochs = t.epochs if stage.epochs is None else stage.epochs
-        return TrainSection.model_construct(
-            epochs=epochs, optimizer=optimizer, schedule=t.schedule, label_smoothing=t.label_smoothing
-        )
+        return t.model_copy(update={"epochs": epochs, "optimizer": optimizer, "stages": [stage]})
 
 
 def complete_config(compression: Any) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from fat_brevitas.training import regularization, set_progress
-from fat_plugins.errors import HostError
+from fat_plugins.errors import CheckpointError, HostError
 
 
 class Scheduler:
@@ -37,6 +38,23 @@ class Scheduler:
         """Begin the next epoch (or the one given)."""
         self.current_epoch = self.current_epoch + 1 if next_epoch is None else int(next_epoch)
         self.announce()
+
+    def get_state(self) -> dict[str, Any]:
+        """JSON-ready counters."""
+        keys = ("current_step", "current_epoch", "total_steps", "total_epochs")
+        return {key: getattr(self, key) for key in keys}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue where :meth:`get_state` was called; load the model's state dict before.
+
+        :raises CheckpointError: counters are missing.
+        """
+        try:
+            self.current_step, self.current_epoch = int(state["current_step"]), int(state["current_epoch"])
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError("scheduler: the counters are missing") from None
+        self.total_steps, self.total_epochs = state.get("total_steps"), state.get("total_epochs")
+        self.announce(begun=False)
 
     def announce(self, begun: bool = True) -> None:
         """Tell everybody where training stands.

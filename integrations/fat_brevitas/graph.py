@@ -79,8 +79,11 @@ class Traced:
         if node.op == "call_module":
             return node.target
         stack = node.meta.get("nn_module_stack")
-        # the tracer writes path to (path, class)
-        return next(reversed(stack.values()))[0] if stack else ""
+        if not stack:
+            return ""
+        # torch's tracer writes (path, class), Brevitas's own the class only
+        path, entry = next(reversed(stack.items()))
+        return entry[0] if isinstance(entry, tuple) else path
 
     def is_weighted(self, node: Node) -> bool:
         """A layer that this package can quantize."""

@@ -3,6 +3,7 @@ quantizer's parameters when Brevitas rebuilds it (``load_state_dict``, ``merge_b
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from fat_brevitas.compat import ActQuantProxyFromInjector, WeightQuantProxyFromI
 from fat_brevitas.modules import ActTensorQuant, WeightTensorQuant
 from fat_plugins.errors import QuantizationError
 from fat_plugins.forms import Form
+from fat_plugins.placed import register_finder
 from fat_plugins.quantizer import ActivationQuantizer, FrozenTensor, WeightQuantizer
 
 
@@ -227,6 +229,16 @@ class PluginActQuantProxy(_Plugin, ActQuantProxyFromInjector):
 class _Nothing(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, None, None, None]:
         return x, None, None, None
+
+
+def float_weights(model: nn.Module) -> Iterator[tuple[WeightQuantizer, Tensor]]:
+    """Weight quantizers of the core with the weights that reach them (see :mod:`fat_plugins.placed`)."""
+    for module in model.modules():
+        if isinstance(module, PluginWeightQuantProxy) and module.quantizer is not None and module.tracked_module_list:
+            yield module.quantizer, module.tracked_module_list[0].weight
+
+
+register_finder("brevitas", float_weights)
 
 
 __all__ = ["PluginActQuantProxy", "PluginWeightQuantProxy"]

@@ -15,6 +15,8 @@ from nncf.torch.utils import training_mode_switcher
 from torch import Tensor, nn
 
 from fat_nncf.legacy_quantizer import PluginQuantizer
+from fat_plugins.placed import register_finder
+from fat_plugins.quantizer import WeightQuantizer
 
 #: batches of the registered loader that algorithms calibrated by data see at most
 DATA_BATCHES = 8
@@ -40,6 +42,15 @@ def operand(module: nn.Module, quantizer: PluginQuantizer) -> tuple[Tensor, Tens
                 with training_mode_switcher(op, is_training=False):
                     op(proxy, None)
     return proxy.weight.detach(), getattr(proxy, "bias", None)
+
+
+def float_weights(model: nn.Module) -> Iterator[tuple[WeightQuantizer, Tensor]]:
+    """Weight quantizers of the core with the weights that reach them (see :mod:`fat_plugins.placed`)."""
+    for module, _, quantizer in quantized_layers(model):
+        yield quantizer.core, operand(module, quantizer)[0]
+
+
+register_finder("nncf2", float_weights)
 
 
 def calibrate_weights(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from nncf.common.quantization.collectors import QuantizerDescription
+from nncf.common.quantization.statistics import QuantizationStatistics
 from nncf.common.schedulers import BaseCompressionScheduler
 from nncf.common.sparsity.collector import BaseSparseModelStatisticsCollector, WeightDescription
 from nncf.common.sparsity.statistics import ConstSparsityStatistics
@@ -29,6 +30,7 @@ from fat_nncf.legacy_placement import is_weighted
 from fat_nncf.legacy_quantizer import PluginQuantizer
 from fat_nncf.legacy_strip import COORDINATORS, copy_without_controller, strip_in_place
 from fat_plugins.errors import ExportError
+from fat_plugins.inspect import Summary, summary
 from fat_plugins.quantizer import Coordinator, LayerQuantizers, Progress
 from fat_plugins.registry import get_algorithm
 
@@ -100,6 +102,20 @@ class _StatisticsCollector(PTQuantizationStatisticsCollector):
             QuantizerDescription(q.num_bits, q.per_channel, q.signed, True, is_weight, q.is_enabled_quantization())
             for is_weight, q in weights + activations
         ]
+
+
+class PluginStatistics(QuantizationStatistics):
+    """NNCF's statistics of quantization, and below them every layer.
+
+    :ivar summary: what :func:`fat_plugins.summary` gives.
+    """
+
+    def __init__(self, base: QuantizationStatistics, summary: Summary) -> None:
+        self.__dict__.update(vars(base))
+        self.summary = summary
+
+    def to_str(self) -> str:
+        return f"{super().to_str()}\n\nStatistics by layer:\n{self.summary}"
 
 
 class _SparsityCollector(BaseSparseModelStatisticsCollector):
@@ -212,7 +228,10 @@ class PluginController(QuantizationController):
         collector = _StatisticsCollector(
             self.weight_quantizers, self.non_weight_quantizers, self._build_time_metric_info
         )
-        stats.register("quantization", collector.collect())
+        collected = collector.collect()
+        if not quickly_collected_only:
+            collected = PluginStatistics(collected, summary(self.model))
+        stats.register("quantization", collected)
         cores = [q.core for _, _, q in quantized_layers(self.model) if q.is_enabled_quantization()]
         if not quickly_collected_only and any(c.prunes and not c.spec.keep_zeros for c in cores):
             # NNCF's word for zeros that no schedule of its own asks for

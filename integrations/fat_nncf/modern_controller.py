@@ -28,6 +28,7 @@ from fat_nncf.modern_sparsity import Sparsity
 from fat_nncf.modern_state import BUILDER, CONTROLLER, builder_state, check_state
 from fat_plugins.errors import CheckpointError, ConfigError
 from fat_plugins.forms import form_kind
+from fat_plugins.placed import network_facts
 from fat_plugins.quantizer import Coordinator, Progress, broadcast_state, regularization, set_progress
 
 
@@ -114,11 +115,13 @@ class Statistics:
 
     :ivar tensors: one entry per quantizer.
     :ivar sparsity_level: share of masked weights, ``None`` without a sparsity algorithm.
+    :ivar facts: what algorithms tell of the whole network, such as compression rates.
     """
 
     tensors: list[TensorStatistics] = field(default_factory=list)
     sparsity_level: float | None = None
     sparsity_target: float | None = None
+    facts: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -138,6 +141,7 @@ class Statistics:
         if self.sparsity_level is not None:
             target = "" if self.sparsity_target is None else f" (schedule: {self.sparsity_target:.1%})"
             lines.append(f"sparsity of the masked weights: {self.sparsity_level:.1%}{target}")
+        lines += [f"{name}: {value:.4g}" for name, value in self.facts.items()]
         return "\n".join(lines)
 
 
@@ -237,10 +241,11 @@ class Controller:
             spec = hook.core.spec
             bits = hook.core.bits  # the width in force, which an algorithm may have learned
             tensors.append(TensorStatistics(spec.name, spec.role, hook.algorithm, bits, form, elements, zeros))
+        facts = {} if quickly_collected_only else network_facts(self._model)
         if self._sparsity is None:
-            return Statistics(tensors)
+            return Statistics(tensors, facts=facts)
         level = nncf.pruning_statistic(self._model).pruning_ratio
-        return Statistics(tensors, level, self._sparsity.level(self.scheduler.current_epoch))
+        return Statistics(tensors, level, self._sparsity.level(self.scheduler.current_epoch), facts)
 
     @property
     def compression_rate(self) -> float:

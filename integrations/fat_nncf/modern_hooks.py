@@ -18,6 +18,7 @@ from fat_plugins.errors import CheckpointError, HostError
 from fat_plugins.forms import Form, UniformGrid, staircase_steps
 from fat_plugins.frozen import FrozenWeight
 from fat_plugins.functional import per_channel_view, wide
+from fat_plugins.placed import register_finder
 from fat_plugins.quantizer import ActivationQuantizer, Quantizer, TensorSpec, WeightQuantizer
 from fat_plugins.registry import make_quantizer
 
@@ -230,6 +231,18 @@ def quantizer_input(model: nn.Module, hook: PluginQuantizer, slot: str) -> Tenso
         weight = module.eval()(weight)
         module.train(training)
     return weight
+
+
+def float_weights(model: nn.Module) -> Iterator[tuple[WeightQuantizer, Tensor]]:
+    """Weight quantizers of the core with the weights that reach them (see :mod:`fat_plugins.placed`)."""
+    for part in model.modules():  # the compressed model may be a part of the given one
+        if is_wrapped(part):
+            for hook, slots in plugin_hooks(part).items():
+                if is_weight(hook):
+                    yield hook.core, quantizer_input(part, hook, slots[0])
+
+
+register_finder("nncf3", float_weights)
 
 
 def fold_weights(model: nn.Module) -> None:

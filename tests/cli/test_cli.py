@@ -13,7 +13,7 @@ from fat_plugins.errors import HostError
 from fat_plugins.recipes.deploy import Deployment, LayerRow
 from fat_plugins.recipes.report import RunReport, VariantResult
 
-COMMANDS = ("algorithms", "train", "export", "verify", "demo")
+COMMANDS = ("algorithms", "train", "export", "verify", "report", "summary", "demo", "convert")
 
 
 def call(*args):
@@ -73,6 +73,7 @@ def test_algorithms_json():
         (["train", "."], "error: recipe '.' is a directory"),
         (["export", "nowhere"], "error: "),
         (["verify", "nowhere"], "error: "),
+        (["summary", "nowhere"], "error: no run directory nowhere"),
         (["demo", "--seed", "1", "--seed", "1"], "error: --seed: [1, 1] repeat each other"),
     ],
 )
@@ -140,13 +141,13 @@ def runs(monkeypatch):
     """Replaces training; remembers the recipes that it was given."""
     seen = []
 
-    def fake(recipe, directory, *, overwrite, reporter):
+    def fake(recipe, directory, *, overwrite, reporter, options, world, interrupts):
         seen.append((recipe, directory, overwrite, reporter.quiet))
         return report(fake.verified)
 
     fake.verified = True
     fake.seen = seen
-    monkeypatch.setattr("fat_plugins.recipes.train", fake)
+    monkeypatch.setattr("fat_plugins.cli_train.run", fake)
     return fake
 
 

@@ -88,3 +88,32 @@ def test_export_again_is_verified_by_its_own_codes(run, tmp_path):
         wrong = call("verify", run / "baselines" / "lsq", "--format", format, "--model", path, "--samples", 2)
         assert wrong.exit_code == FAILED
         assert "codes differ first in" in wrong.stderr
+
+
+def test_report_summary_and_comparison(run, tmp_path):
+    pytest.importorskip("matplotlib", reason="an optional package of reports")
+    from fat_plugins import compare
+    from fat_plugins.recipes import checkpoint_path, load_checkpoint, load_run
+
+    result = call("report", run, "-o", tmp_path / "r.html")
+    assert result.exit_code == OK, result.output
+    data = json.loads((tmp_path / "r_data.json").read_text())
+    assert data["missing"] == []
+    layers = {t["name"]: t for t in data["tensors"] if t["kind"] == "weight"}
+    names = ["stem.0", "conv1.0", "depthwise.0", "pointwise.0", "conv2.0", "conv3.0", "head"]
+    assert list(layers) == names
+    assert [(t["bits"], t["input_bits"]) for t in layers.values()] == [(8, 8), *[(4, 4)] * 5, (8, 8)]
+    assert all(t["kernel"] is None and t["sqnr_db"] > 10 for t in layers.values())
+    assert {t["input"] for t in layers.values()} <= {t["name"] for t in data["tensors"]}
+    assert [c["runtime"] for c in data["checks"]] == ["qonnx", "ONNX Runtime"]
+    rows = json.loads(call("summary", run, "--json").stdout)["layers"]
+    assert {r["name"]: r["bytes"] for r in rows if r["role"] == "weight"} == {n: t["bytes"] for n, t in layers.items()}
+
+    loaded = load_run(run)
+    model = loaded.recipe.model.build(loaded.data)
+    model.load_state_dict(load_checkpoint(checkpoint_path(run, "float")).state)
+    images = loaded.data.test.tensors[0][:16]
+    assert [row.name for row in compare(model, loaded.model, images).layers] == names
+    same = compare(loaded.model, loaded.host.freeze(loaded.model), images)
+    assert [row.name for row in same.layers] == names
+    assert same.output.sqnr_db > 60

@@ -180,6 +180,52 @@ def test_config_for_other_images_is_refused(tmp_path):
     assert "input_info.sample_size is [1, 3, 32, 32], the data gives [1, 1, 8, 8]" in result.stderr
 
 
+@needs_host
+def test_report_and_summary_know_every_tensor(run, tmp_path):
+    pytest.importorskip("matplotlib", reason="an optional package of reports")
+    result = call("report", run, "-o", tmp_path / "r.html")
+    assert result.exit_code == OK, result.output
+    data = json.loads((tmp_path / "r_data.json").read_text())
+    assert data["missing"] == []
+    layers = {t["name"]: t for t in data["tensors"] if t["kind"] == "weight"}
+    assert list(layers) == ["stem.0", "conv1.0", "depthwise.0", "pointwise.0", "conv2.0", "conv3.0", "head"]
+    assert [(t["bits"], t["input_bits"]) for t in layers.values()] == [(8, 8), *[(4, 4)] * 5, (8, 8)]
+    assert {t["speed"] for t in layers.values()} == {"int8"}
+    assert layers["conv2.0"]["macs"] == 16 * 16 * 9 * 16
+    assert layers["conv2.0"]["bops"] == 16 * layers["conv2.0"]["macs"]
+    assert data["totals"]["float_macs"] == 0
+    assert all(10 < t["sqnr_db"] < 60 and 5 < t["float_sqnr_db"] for t in layers.values())
+    activations = [t for t in data["tensors"] if t["kind"] == "activation"]
+    assert {t["input"] for t in layers.values()} <= {t["name"] for t in activations}
+    assert all(t["histogram"]["counts"] for t in activations)
+    assert all(0 <= t["clipped"] < 1 and t["codes_used"] <= t["codes"] for t in activations)
+    followed = {v["name"]: v["values"] for v in data["over_time"]}
+    assert followed["conv1.0"]["bits"] == [5, 4]  # both stages
+    assert len([f for f in data["figures"] if f["title"] == "Gate in the frequency domain"]) == 5
+    rows = json.loads(call("summary", run, "--json").stdout)["layers"]
+    assert {r["name"]: r["bytes"] for r in rows if r["role"] == "weight"} == {n: t["bytes"] for n, t in layers.items()}
+    assert len(rows) == len(data["tensors"])
+
+
+@needs_host
+def test_float_against_quantized_and_frozen(run):
+    from fat_plugins import compare
+    from fat_plugins.recipes import checkpoint_path, load_checkpoint, load_run
+
+    loaded = load_run(run)
+    model = loaded.recipe.model.build(loaded.data)
+    model.load_state_dict(load_checkpoint(checkpoint_path(run, "float")).state)
+    images = loaded.data.test.tensors[0][:16]
+    found = compare(model, loaded.model, images)
+    names = ["stem.0", "conv1.0", "depthwise.0", "pointwise.0", "conv2.0", "conv3.0", "head"]
+    assert [row.name for row in found.layers] == names
+    assert all(row.sqnr_db > 0 and row.weight_sqnr_db > 5 for row in found.layers)
+    same = compare(loaded.model, loaded.host.freeze(loaded.model), images)
+    assert [row.name for row in same.layers] == names
+    assert all(row.weight_sqnr_db == 999 for row in same.layers)
+    assert same.output.sqnr_db > 60
+
+
 @pytest.mark.skipif(HAS_HOST, reason="NNCF is installed")
 def test_demo_without_a_host_is_one_line(tmp_path):
     done = subprocess.run(

@@ -107,6 +107,41 @@ def test_pact_clip_decays_with_the_weights():
     assert q.alpha.item() == pytest.approx(10 * (1 - 0.1 * 5e-4))
 
 
+@pytest.mark.parametrize(("name", "params"), [("pact", {"alpha": None}), ("fat", {})])
+def test_a_clip_from_calibration_has_the_least_error(name, params):
+    """One outlier must not take the levels of the bulk: at low bits that costs points of accuracy."""
+    bulk = sample((4096,)).abs()
+    x = torch.cat([bulk, torch.tensor([3 * bulk.max().item()])])
+    q = activation(name, 3, params, signed=False)
+    q.calibrate(x)
+    largest, one = float(x.max()), q.alpha.item()
+
+    def error(clip: float) -> float:
+        q.alpha.data.fill_(clip)
+        return float((q(x) - x).detach().square().mean())
+
+    best = min((largest * i / 100 for i in range(1, 101)), key=error)
+    assert one == pytest.approx(best, rel=1e-4)
+    assert one < largest
+    q.calibrate(4 * x)  # the geometric mean of both batches
+    assert q.alpha.item() == pytest.approx(2 * one, rel=1e-4)
+    q.calibrate(torch.zeros(16))  # which says nothing
+    assert q.alpha.item() == pytest.approx(2 * one, rel=1e-4)
+    q.reset_calibration()
+    q.calibrate(x)
+    assert q.alpha.item() == pytest.approx(one, rel=1e-6)
+
+
+@pytest.mark.parametrize(("name", "params"), [("pact", {"alpha": None}), ("fat", {})])
+def test_a_clip_search_begins_anew_where_the_grid_turns_signed(name, params):
+    x = sample((4096,))
+    q, fresh = activation(name, 4, params), activation(name, 4, params)
+    q.calibrate(7 * x.abs())
+    for each in (q, fresh):
+        each.calibrate(x)
+    assert q.signed and q.alpha.item() == fresh.alpha.item()
+
+
 def test_pact_clip_from_calibration():
     def clip(*batches, **options):
         q = activation("pact", 2, {"alpha": None}, **options)
@@ -216,3 +251,15 @@ def test_lsq_plus_offset_does_not_decay():
     groups = param_groups(q, 0.1, 5e-4)
     decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
     assert decay[id(q.beta)] == 0 and decay[id(q.step)] == 5e-4
+
+
+def test_minmax_follows_the_range_that_all_processes_see(monkeypatch):
+    quantizer = activation("minmax", 8)
+    quantizer.calibrate(torch.tensor([0.0, 1.0]))
+    distributed = torch.distributed
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_reduce", lambda t, op: t.clamp_min_(3.0))
+    momentum = quantizer.params.momentum
+    quantizer.train()(torch.tensor([0.0, 2.0]))
+    assert float(quantizer.largest) == pytest.approx(1 + (3 - 1) * momentum)

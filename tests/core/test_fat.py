@@ -425,3 +425,27 @@ def test_bf16_weights_are_computed_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(quantizer._transformed(w.float())[0], exact)
         assert torch.equal(quantizer(w.float()), quantizer.freeze(w).form.decode(quantizer.freeze(w).codes))
+
+
+@pytest.mark.parametrize(("bits", "clip"), [(2, 1.22), (3, 2.0), (4, 2.5), (5, 3.1)])
+def test_the_weight_clip_starts_from_the_least_error(bits, clip):
+    """The authors' 3.0 is that of 5 bits; at 2 bits it leaves one weight of eight."""
+    w = torch.randn(256, 64, generator=torch.Generator().manual_seed(0)) * 0.05
+    q = weight(tuple(w.shape), bits, transform="none")
+    q.calibrate(w)
+    assert q.alpha.item() == pytest.approx(clip, abs=0.25)
+    standard = (w - w.mean()) / w.std()
+    found = float((q(w) - standard).detach().square().mean())
+    for factor in (0.8, 1.25):
+        q.alpha.data.mul_(factor)
+        assert float((q(w) - standard).detach().square().mean()) > found
+        q.alpha.data.div_(factor)
+
+
+def test_a_given_weight_clip_is_kept_and_a_constant_weight_has_one():
+    given = weight((4, 3, 3, 3), 2, alpha=3.0)
+    given.calibrate(torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0)))
+    constant = weight((4, 3, 3, 3), 2)
+    constant.calibrate(torch.full((4, 3, 3, 3), 0.5))
+    assert given.alpha.item() == 3.0
+    assert 0 < constant.alpha.item() < float("inf")

@@ -147,4 +147,11 @@ def test_layers_as_a_coordinator_sees_them():
 
 
 def test_quantizers_say_what_they_are():
-    assert "conv1, bits=3" in repr(get_algorithm("lsq").make(TensorSpec("weight", 3, name="conv1", shape=(2, 2))))
+    weight = get_algorithm("lsq").make(TensorSpec("weight", 3, name="conv1", shape=(2, 2), per_channel=True))
+    assert repr(weight) == "LSQWeight(conv1, lsq, bits=3, shape=(2, 2), per channel, not calibrated)"
+    weight.calibrate(torch.ones(2, 2))
+    weight.enabled = False
+    assert repr(weight) == "LSQWeight(conv1, lsq, bits=3, shape=(2, 2), per channel, disabled)"
+    activation = get_algorithm("lsq").make(TensorSpec("activation", 4))
+    activation.calibrate(torch.rand(4))
+    assert repr(activation) == "LSQActivation(activation, lsq, bits=4, unsigned)"

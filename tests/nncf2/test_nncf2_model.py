@@ -30,6 +30,7 @@ from legacy_models import (
 from torch import nn
 
 from fat_plugins.errors import CheckpointError, ConfigError, HostError, QuantizationError
+from fat_plugins.placed import float_weights
 
 
 def test_default_placement_has_8_bit_edges():
@@ -422,7 +423,20 @@ def test_statistics_show_our_bits():
     stats = ctrl.statistics().quantization
     assert stats.num_wq_per_bitwidth == {8: 2, 3: 3} and stats.num_aq_per_bitwidth == {8: 3, 5: 3}
     assert stats.wq_counter.num_asymmetric == 0 and stats.wq_counter.num_per_channel == 2
-    assert "bitwidth distribution" in ctrl.statistics().to_str()
+    text = ctrl.statistics().to_str()
+    assert "bitwidth distribution" in text
+    assert "Statistics by layer" in text and "FATWeight" not in text and " fat " in text
+    layers = {row.name: row for row in stats.summary.layers if row.role == "weight"}
+    assert {row.bits for row in layers.values()} == {3, 8} and all(row.sqnr_db for row in layers.values())
+    assert "Statistics by layer" not in ctrl.statistics(quickly_collected_only=True).to_str()
+
+
+def test_statistics_tell_the_compression_rate():
+    ctrl, model = compress({"algorithm": "squantizer", "weights": {"bits": 3}, "activations": {"bits": 4}})
+    facts = ctrl.statistics().quantization.summary.facts
+    assert facts["compression rate as published (all parameters at k bits, no index)"] > 3
+    assert "compression rate, other parameters at 32 bits" in ctrl.statistics().to_str()
+    assert len(float_weights(model)) == len(quantizers(model, "weight"))
 
 
 def test_quantize_and_freeze_refuse_clearly():

@@ -209,6 +209,10 @@ def test_statistics_and_rates():
     by_name = {t.name: t for t in statistics.tensors}
     assert by_name["conv2"].elements == 6 * 8 * 9 and by_name["conv2"].form == "uniform"
     assert statistics.to_dict()["tensors"][0]["name"]
+    assert statistics.facts == {}
+    sparse, _ = compress(section("squantizer", 3))
+    assert "compression rate as published" in sparse.statistics().to_str()
+    assert sparse.statistics(quickly_collected_only=True).facts == {}
     weights = {"conv1": (162, 8), "conv2": (432, 4), "conv3": (64, 4), "fc": (40, 8)}
     rate = 1 - sum(n * b for n, b in weights.values()) / (32 * sum(n for n, _ in weights.values()))
     assert controller.compression_rate == pytest.approx(rate) == controller.maximal_compression_rate

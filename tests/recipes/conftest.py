@@ -14,7 +14,8 @@ pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 def toy_host(monkeypatch):
     """Recipes run on the toy host, whatever is installed."""
     ToyHost.calls, ToyHost.controllers = [], []
-    monkeypatch.setattr("fat_plugins.recipes.run.get_host", lambda name: ToyHost())
+    for module in ("run", "loaded"):
+        monkeypatch.setattr(f"fat_plugins.recipes.{module}.get_host", lambda name: ToyHost())
     return ToyHost
 
 

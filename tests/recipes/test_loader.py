@@ -217,14 +217,14 @@ def test_baseline_replaces_algorithm_and_params_only(load, recipe_text):
 
 # -- shipped recipes -------------------------------------------------------------------------------------------------
 def test_shipped_recipes_are_those_of_the_repository():
-    packaged = next(iter(shipped().values())).parent
-    names = sorted(p.name for p in TOP.iterdir())
-    assert names == sorted(p.name for p in packaged.iterdir())
+    packaged = shipped()["digits_fat_w4a4"].parent
+    names = sorted(p.relative_to(TOP) for p in TOP.rglob("*") if p.is_file())
+    assert names == sorted(p.relative_to(packaged) for p in packaged.rglob("*") if p.is_file())
     for name in names:
         assert (TOP / name).read_bytes() == (packaged / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("name", sorted(shipped()))
+@pytest.mark.parametrize("name", [n for n in sorted(shipped()) if "/" not in n])
 def test_shipped_recipe_loads(name):
     recipe = load_recipe(name)
     assert recipe.name == name

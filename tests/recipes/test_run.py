@@ -8,12 +8,14 @@ import torch
 
 from fat_plugins.errors import CheckpointError, ConfigError, HostError
 from fat_plugins.quantizer import named_quantizers
-from fat_plugins.recipes import checkpoint_path, load_checkpoint, load_run, train
+from fat_plugins.recipes import checkpoint_path, load_checkpoint, load_run, save_checkpoint, train
+from fat_plugins.recipes import directory as directory_module
 from fat_plugins.recipes import hosts as hosts_module
-from fat_plugins.recipes import run as run_module
+from fat_plugins.recipes import variant as variant_module
 from fat_plugins.recipes.checkpoint import load_fitting
-from fat_plugins.recipes.run import carried, run_directory
-from fat_plugins.recipes.trainer import evaluate
+from fat_plugins.recipes.directory import run_directory
+from fat_plugins.recipes.trainer import Trainer, evaluate
+from fat_plugins.recipes.variant import carried
 
 
 def tree(directory):
@@ -101,7 +103,7 @@ def test_best_checkpoint_has_the_lowest_validation_loss(toy_host, load, recipe_t
 
 def test_threads_are_set_for_the_run_and_restored(toy_host, load, recipe_text, tmp_path, monkeypatch):
     before, seen = torch.get_num_threads(), []
-    monkeypatch.setattr(run_module, "fit", lambda *args, **kwargs: seen.append(torch.get_num_threads()) or [])
+    monkeypatch.setattr(Trainer, "run", lambda self: seen.append(torch.get_num_threads()) or [])
     train(load(recipe_text.replace("seeds: [3]", "seeds: [3]\nthreads: 3")), tmp_path / "run")
     assert seen == [3, 3]
     assert torch.get_num_threads() == before
@@ -118,7 +120,7 @@ def test_stages_follow_each_other(toy_host, load, recipe_text, tmp_path, monkeyp
         seen.append(state)
         return load_fitting(model, state)
 
-    monkeypatch.setattr(run_module, "load_fitting", spy)
+    monkeypatch.setattr(variant_module, "load_fitting", spy)
     train(load(recipe_text.replace("epochs: 1", STAGES)), tmp_path / "run")
     widths = [c["config"]["compression"]["weights"]["bits"] for c in toy_host.calls]
     assert widths == [5, 3]
@@ -208,7 +210,7 @@ def test_unwritable_parent_is_one_line(tmp_path, monkeypatch):
     def denied(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(run_module.Path, "mkdir", denied)
+    monkeypatch.setattr(directory_module.Path, "mkdir", denied)
     with (
         pytest.raises(ConfigError, match="cannot be written to: Permission denied"),
         run_directory(tmp_path / "x", False),
@@ -218,7 +220,7 @@ def test_unwritable_parent_is_one_line(tmp_path, monkeypatch):
 
 def test_unwritable_directory_is_found_before_training(tmp_path, monkeypatch):
     (tmp_path / "x").mkdir()
-    monkeypatch.setattr(run_module.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(directory_module.os, "access", lambda path, mode: False)
     with pytest.raises(ConfigError, match="cannot be written to"), run_directory(tmp_path / "x", False):
         pass
 
@@ -237,7 +239,7 @@ def test_checkpoint_of_another_model_is_named(toy_host, load, recipe_text, tmp_p
     train(load(quick.replace("width: 4", "width: 6")), tmp_path / "wide")
     narrow, wide = (load_checkpoint(checkpoint_path(tmp_path / n, "last")) for n in ("narrow", "wide"))
     narrow.state = wide.state
-    run_module.save_checkpoint(checkpoint_path(tmp_path / "narrow", "last"), narrow)
+    save_checkpoint(checkpoint_path(tmp_path / "narrow", "last"), narrow)
     with pytest.raises(CheckpointError, match=r"last.safetensors: belongs to another model: 'stem.* has shape \(6,"):
         load_run(tmp_path / "narrow")
 
@@ -247,7 +249,7 @@ def test_recipe_of_another_version_is_one_line(toy_host, load, recipe_text, tmp_
     path = checkpoint_path(tmp_path / "run", "last")
     stored = load_checkpoint(path)
     stored.recipe["export"] = {"format": "tflite"}
-    run_module.save_checkpoint(path, stored)
+    save_checkpoint(path, stored)
     with pytest.raises(
         CheckpointError, match=r"last.safetensors: its recipe .* export.format: unknown format 'tflite'"
     ):

@@ -8,7 +8,8 @@ import torch
 from rich.console import Console
 
 from fat_plugins.errors import FatPluginsError
-from fat_plugins.recipes.data import DATASETS, DigitsParams, RandomShift
+from fat_plugins.recipes.data import DATASETS, DigitsParams
+from fat_plugins.recipes.loading import Images, ShiftedImages
 from fat_plugins.recipes.models import DigitsCNN
 from fat_plugins.recipes.progress import LINES_PER_PHASE, Reporter
 from fat_plugins.recipes.schema import OptimizerSection, ScheduleSection, TrainSection
@@ -62,12 +63,13 @@ def test_split_is_stratified_and_fixed(data):
 
 
 def test_shift_moves_images_and_fills_with_background():
-    images = torch.zeros(50, 1, 8, 8)
+    images = torch.zeros(100, 1, 8, 8)
     images[:, 0, 4, 4] = 1
-    batch = [(image, torch.tensor(0)) for image in images]
-    shifted, _ = RandomShift(1, -2.0, torch.Generator().manual_seed(0))(batch)
+    moved = ShiftedImages(Images(images, torch.arange(100)), 0, 1, -2.0)
+    shifted, labels = moved.__getitems__([(0, i) for i in range(100)])
+    assert labels.tolist() == list(range(100))
     places = (shifted == 1).nonzero()[:, 2:]
-    assert places.shape == (50, 2)
+    assert places.shape == (100, 2)
     assert set(map(tuple, places.tolist())) == {(y, x) for y in (3, 4, 5) for x in (3, 4, 5)}
     assert float(shifted.min()) == -2.0
     inner = shifted[:, :, 1:7, 1:7]

@@ -13,21 +13,36 @@ from torch.nn.utils import parametrize
 import fat_plugins
 from fat_plugins import CompressionConfig, ConfigError, TensorSpec, get_algorithm
 from fat_plugins.frozen import FrozenWeight
+from fat_plugins.quantizer import Progress, set_progress
 from fat_plugins.recipes.schema import plugin_section
 
 
 class Scheduler:
-    """Counts what the trainer drives."""
+    """Counts what the trainer drives, and tells the quantizers."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.steps = self.epochs = 0
         self.total_epochs = self.total_steps = None
+        self._model = model
+
+    def _tell(self) -> None:
+        progress = Progress(max(self.steps - 1, 0), max(self.epochs - 1, 0), self.total_steps, self.total_epochs)
+        set_progress(self._model, progress)
 
     def step(self) -> None:
         self.steps += 1
+        self._tell()
 
     def epoch_step(self) -> None:
         self.epochs += 1
+        self._tell()
+
+    def get_state(self) -> dict:
+        return {k: v for k, v in vars(self).items() if k != "_model"}
+
+    def load_state(self, state: dict) -> None:
+        vars(self).update(state)
+        self._tell()
 
 
 class ToyHost:
@@ -58,7 +73,7 @@ class ToyHost:
             parametrize.register_parametrization(module, "weight", quantizer, unsafe=True)
             specs.append([algorithm, spec.to_dict()])
         zero = torch.zeros(())
-        controller = SimpleNamespace(scheduler=Scheduler(), loss=lambda: fat_plugins.regularization(model) or zero)
+        controller = SimpleNamespace(scheduler=Scheduler(model), loss=lambda: fat_plugins.regularization(model) or zero)
         controller.state = json.loads(json.dumps(specs))
         type(self).controllers.append(controller)
         return controller, model

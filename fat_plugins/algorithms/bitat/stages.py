@@ -25,6 +25,7 @@ from fat_plugins.algorithms.bitat.maths import (
 )
 from fat_plugins.algorithms.bitat.quantizers import WAITING, BiTATActivation, BiTATParams, BiTATWeight, resize
 from fat_plugins.errors import QuantizationError
+from fat_plugins.figures import Figure
 from fat_plugins.quantizer import Coordinator, LayerQuantizers, Progress
 
 #: share of the run that the stages take together (section 7)
@@ -345,6 +346,22 @@ class BiTATStages(Coordinator):
         """A tenth of the learning rate for s and V (section 7), no decay."""
         own = [p for p in (self.rotation, self.log_importance) if p is not None]
         return [{"params": own, "lr": 0.1 * lr, "weight_decay": 0.0}] if own else []
+
+    # -- reports -----------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def monitor(self) -> dict[str, float]:
+        """The layer in training, counted from 1 (0: none yet; one more than layers: all are done), and its error."""
+        numbers = {"stage": float(max(self._stage + 1, 0))}
+        if 0 <= self._stage < len(self.layers):
+            numbers["block error"] = float(self.block_error() / self.norm.clamp_min(torch.finfo(torch.float32).tiny))
+        return numbers
+
+    def figures(self) -> list[Figure]:
+        """How far every layer has come."""
+        done = [float(self._stage > i) + float(self._stage >= i) for i in range(len(self.layers))]
+        names = [layer.name for layer in self.layers]
+        title = "Stage of every layer (0: waits, 1: in training, 2: binary)"
+        return [Figure.bars(title, names, {"stage": done}, "", "stage", (0.0, 2.0))]
 
     @staticmethod
     def _own_input(layer: LayerQuantizers) -> BiTATActivation | None:

@@ -1,0 +1,105 @@
+"""The directory of a run: what stands where in it, and how an earlier run in it is replaced or gone on with."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fat_plugins.errors import ConfigError
+from fat_plugins.recipes.loader import load_recipe
+from fat_plugins.recipes.schema import Recipe
+from fat_plugins.recipes.targets import Target
+
+FLOAT, LAST, BEST = "float", "last", "best"
+RECIPE, REPORT, STATE = "recipe.yaml", "report.json", "state"
+
+
+def checkpoint_path(directory: Path, which: str) -> Path:
+    """File of one checkpoint of a run: ``float``, ``last`` or ``best``."""
+    return directory / "checkpoint" / f"{which}.safetensors"
+
+
+def model_path(directory: Path, target: Target) -> Path:
+    """The exported model of a run."""
+    return directory / "export" / target.file
+
+
+@contextmanager
+def run_directory(directory: Path, overwrite: bool, say: Callable[[str], None] = lambda _: None) -> Iterator[Path]:
+    """Where a run may write. An earlier run in ``directory`` is replaced only when the new one is complete.
+
+    :raises ConfigError: the directory is not empty and ``overwrite`` is not set, or it holds something else than a run.
+    """
+    directory = directory.resolve()
+    try:
+        if directory.exists() and not directory.is_dir():
+            raise ConfigError(f"output {directory} is a file, expected a directory")
+        occupied = directory.is_dir() and any(directory.iterdir())
+        if not occupied:
+            directory.mkdir(parents=True, exist_ok=True)
+            if not os.access(directory, os.W_OK | os.X_OK):
+                raise ConfigError(f"output {directory} cannot be written to")
+            yield directory
+            return
+        if not overwrite:
+            raise ConfigError(f"output {directory} is not empty: give another --output, or --overwrite to replace it")
+        if not (directory / RECIPE).is_file():
+            raise ConfigError(f"output {directory} does not hold a run (no {RECIPE}): --overwrite refused")
+        fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}.new-", dir=directory.parent))
+    except OSError as error:
+        raise ConfigError(f"output {directory} cannot be written to: {error.strerror or error}") from None
+    try:
+        yield fresh
+    except BaseException:
+        say(f"the earlier run in {directory} is untouched; the unfinished one is in {fresh}")
+        raise
+    fresh.chmod(directory.stat().st_mode)
+    old = fresh.with_name(fresh.name.replace(".new-", ".old-"))
+    os.replace(directory, old)
+    os.replace(fresh, directory)
+    shutil.rmtree(old)
+
+
+def resumed_directory(directory: Path, recipe: Recipe) -> Path:
+    """The directory of a run that is to go on.
+
+    :raises ConfigError: there is no run in it, or one of another recipe; names the first key that differs.
+    """
+    stored = directory / RECIPE
+    if not stored.is_file():
+        raise ConfigError(f"--resume: {directory} holds no run (no {RECIPE}); start one without --resume")
+    before, now = (r.model_dump(mode="json") for r in (load_recipe(stored), recipe))
+    found = _first_difference(before, now)
+    if found is not None:
+        key, old, new = found
+        raise ConfigError(f"--resume: {key} is {_short(new)}, the run in {directory} was started with {_short(old)}")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise ConfigError(f"output {directory} cannot be written to")
+    return directory.resolve()
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+def _first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """Key path and both values, in the order of the keys."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        pairs = [(f"{path}.{k}" if path else str(k), old.get(k, _Absent()), new.get(k, _Absent())) for k in old | new]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(f"{path}.{i}", a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
+    else:
+        return None if old == new else (path, old, new)
+    found = (_first_difference(a, b, where) for where, a, b in pairs)
+    return next((f for f in found if f is not None), None)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

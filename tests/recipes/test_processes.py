@@ -1,0 +1,170 @@
+"""Two processes with a batch each train as one process with both; one that fails ends both."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import plain_net
+import pytest
+import torch
+
+from fat_plugins.errors import CheckpointError, ConfigError
+from fat_plugins.recipes import Options, load_checkpoint, load_recipe, train
+from fat_plugins.recipes.data import DATASETS, ShapesParams
+from fat_plugins.recipes.trainer import Trainer
+from fat_plugins.recipes.world import World, choose_device
+
+HERE = Path(__file__).parent
+TIMEOUT = 300
+RECIPE = (
+    "name: tiny\n"
+    + plain_net.SECTIONS
+    + """\
+host: HOST
+compression:
+  algorithm: dropbits
+  weights: {bits: 4}
+  activations: {bits: 4}
+pretrain:
+  epochs: 1
+  optimizer: {name: sgd, lr: 0.1}
+training:
+  epochs: 2
+  optimizer: {name: sgd, lr: 0.02}
+export: null
+baselines: [lsq]
+"""
+)
+
+
+def installed(name):
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def recipe(folder, host, batch):
+    path = folder / f"{batch}.yaml"
+    path.write_text(RECIPE.replace("HOST", host).replace("BATCH", str(batch)))
+    return path
+
+
+def start_two(folder, *args, words=""):
+    """Two processes as ``torchrun`` starts them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = {**os.environ, "OWN_CLI": words, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    program = [sys.executable, str(HERE / "own_cli.py"), "train", *map(str, args)]
+    processes = [
+        subprocess.Popen(
+            program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    found = [p.communicate(timeout=TIMEOUT) for p in processes]
+    return [(p.returncode, *output) for p, output in zip(processes, found, strict=True)]
+
+
+def assert_close_runs(one, other, tolerance):
+    for name in ("checkpoint/float", "checkpoint/last", "baselines/lsq/checkpoint/last"):
+        a, b = (load_checkpoint(d / f"{name}.safetensors").state for d in (one, other))
+        assert list(a) == list(b)
+        moved = 0
+        for key, tensor in a.items():
+            apart = float((tensor.double() - b[key].double()).abs().max()) if tensor.numel() else 0.0
+            assert apart <= tolerance, f"{name} {key}: {apart}"
+            moved += tensor.numel()
+        assert moved > 1000
+
+
+@pytest.mark.parametrize("host", [h for h in ("nncf", "brevitas") if installed(h)])
+def test_two_processes_are_one_with_twice_the_batch(tmp_path, host):
+    for rank, (code, out, err) in enumerate(start_two(tmp_path, recipe(tmp_path, host, 50), "-o", "two")):
+        assert code == 0, err
+        assert ("Run directory" in out) == (rank == 0)  # only the first one says and writes anything
+        assert ("epoch 1/2" in err) == (rank == 0)
+    train(load_recipe(recipe(tmp_path, host, 100)), tmp_path / "one")
+    # sums in another order: nothing more
+    assert_close_runs(tmp_path / "one", tmp_path / "two", 1e-4)
+    one, two = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("one", "two"))
+    assert abs(one["float"]["epochs"][0]["train_loss"] - two["float"]["epochs"][0]["train_loss"]) < 1e-5
+    for a, b in zip(one["quantized"]["stages"][0]["epochs"], two["quantized"]["stages"][0]["epochs"], strict=True):
+        assert abs(a["train_loss"] - b["train_loss"]) < 1e-4
+        assert a["lr"] == b["lr"]
+
+
+def test_a_process_that_fails_ends_all_and_the_run_goes_on(tmp_path, toy_host):
+    path = recipe(tmp_path, "nncf", 50)
+    args = [path, "-o", "two", "--save-every", "1", "-q"]
+    failed = start_two(tmp_path, *args, words="toy fail1")
+    assert [code for code, _, _ in failed] == [2, 2]
+    lines = [line for _, _, err in failed for line in err.splitlines()]
+    assert lines == ["error: the disk of process 1 is full"]
+    with pytest.raises(CheckpointError, match="saved by 2 processes, these are 1") as error:
+        Trainer.load_state_dict(*_trainer_and_state(tmp_path / "two"))
+    assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match="--resume: number of processes is 1, the run was started with 2"):
+        train(load_recipe(path), tmp_path / "two", options=Options(resume=True))
+    for code, _, err in start_two(tmp_path, *args, "--resume", words="toy"):
+        assert code == 0, err
+    train(load_recipe(recipe(tmp_path, "nncf", 100)), tmp_path / "one")
+    assert_close_runs(tmp_path / "one", tmp_path / "two", 1e-4)
+
+
+def _trainer_and_state(run):
+    from fat_plugins.recipes.schema import OptimizerSection, TrainSection
+    from fat_plugins.recipes.state import from_bytes
+
+    data = DATASETS["shapes"][1](ShapesParams(train=400, validation=50, test=100, size=12))
+    section = TrainSection(epochs=1, optimizer=OptimizerSection(lr=0.1))
+    state = from_bytes((run / "state" / "training.safetensors").read_bytes())
+    return Trainer(plain_net.Plain(1, 10), data, section, batch_size=50, seed=0), state["trainer"]
+
+
+# -- parts of it -----------------------------------------------------------------------------------------------------
+def test_processes_share_every_step_of_one_process():
+    data = DATASETS["shapes"][1](ShapesParams(train=410, validation=50, test=100, size=12))
+    whole = list(data.training_loader(100, 3).begin(epoch=2))
+    parts = [list(data.training_loader(50, 3, rank=r, world=2).begin(epoch=2)) for r in (0, 1)]
+    assert len(whole) == len(parts[0]) == len(parts[1]) == 4
+    for (images, labels), *shares in zip(whole, *parts, strict=True):
+        assert torch.equal(images, torch.cat([share[0] for share in shares]))
+        assert torch.equal(labels, torch.cat([share[1] for share in shares]))
+
+
+def test_an_epoch_goes_on_in_the_middle_and_every_epoch_differs():
+    data = DATASETS["shapes"][1](ShapesParams(train=400, validation=50, test=100, size=12))
+    loader = data.training_loader(100, 3)
+    whole = list(loader.begin(1))
+    for (a, _), (b, _) in zip(whole[2:], loader.begin(1, 2), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(whole[0][0], next(iter(loader.begin(0)))[0])
+
+
+def test_one_process_alone_needs_nothing():
+    world, net = World(), torch.nn.Linear(2, 2)
+    assert world.main
+    assert world.parallel(net) is net
+    assert world.gather({"x": 1}) == [{"x": 1}]
+    assert world.tell("y") == "y"
+    assert (world.any(True), world.any(False)) == (True, False)
+    assert world.sum(torch.tensor([2.0])).tolist() == [2.0]
+
+
+def test_devices_by_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto").type == choose_device("cpu").type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto", 1) == torch.device("cuda", 1)
+    assert choose_device("cpu", 1) == torch.device("cpu")
+    with pytest.raises(ConfigError, match="--device auto: 2 CUDA devices for local process 2; start fewer"):
+        choose_device("auto", 2)
