@@ -60,6 +60,9 @@ def test_average_follows_the_formula_and_leaves_out_what_stands_still():
         assert torch.equal(net[2].weight, live["2.weight"])
         net[1].running_mean.fill_(-3.0)  # renewed for the averaged network
     assert same(net.state_dict(), live)
+    state = from_bytes(to_bytes(average.state_dict()))
+    average = WeightAverage(net, 0.5)
+    average.load_state_dict(state)
     average.finish(net)
     assert torch.equal(net[0].weight, average.values["0.weight"])
     assert net[1].running_mean.tolist() == [-3.0, -3.0]
