@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fat_plugins.errors import ConfigError
+from fat_plugins.figures import Figure
 from fat_plugins.forms import Codebook, Form, Staircase, UniformGrid
 from fat_plugins.functional import fused, level_index, positive, uniform_codes, wide
 from fat_plugins.quantizer import ActivationQuantizer, FrozenTensor, Params, Progress, TensorSpec, WeightQuantizer
@@ -32,6 +33,8 @@ _CLIP = 10.0
 _CAP = 2000.0
 #: thresholds beside zero for weights, and the one of 1-bit activations (section 6)
 _MIDDLE = 0.05
+#: points of the curves in reports
+_CURVE = 241
 #: alpha and beta are plain parameters: keep them positive (section 10)
 _FLOOR = 1e-37
 #: largest magnitudes outside of these would take alpha or beta out of float32
@@ -326,6 +329,32 @@ class _Steps(nn.Module):
             tied = self.beta is None
             return _SoftStaircase.apply(x, alpha, beta, b, temperature, hard, steps, self.levels[0], t1, tied, still)
 
+    def _limits(self) -> tuple[float, float]:
+        """K and the cap of the temperature."""
+        raise NotImplementedError
+
+    def _temperature(self) -> float:
+        k, cap = self._limits()
+        return min(float(self.clock) * k, cap)
+
+    def monitor(self, weight: Tensor | None = None) -> dict[str, float]:
+        """Also the temperature T, which grows with the epochs and hardens the steps."""
+        return {**super().monitor(weight), "temperature": self._temperature()}
+
+    @torch.no_grad()
+    def figures(self, weight: Tensor | None = None) -> list[Figure]:
+        """The soft function of training at the present temperature, and the steps that are deployed."""
+        alpha, beta = (v.detach().cpu().double() for v in self._scales())
+        b = self.thresholds().cpu()
+        margin = 0.25 * max(float(b[-1] - b[0]), 1.0)
+        r = torch.linspace(float(b[0]) - margin, float(b[-1]) + margin, _CURVE, dtype=torch.float64)
+        steps = tuple(high - low for low, high in pairwise(self.levels))
+        temperature = torch.tensor(self._temperature(), dtype=torch.float64)
+        soft = _soft(r / beta, alpha, beta, b, temperature, steps, self.levels[0])
+        hard = torch.tensor(self.levels)[torch.bucketize(r, b)] * alpha
+        series = {"training": soft, "deployed": hard}
+        return [Figure.curve("Soft steps and deployed steps", r / beta, series, "input", "output")]
+
 
 class QNWeight(_Steps, WeightQuantizer):
     """Weights, sections 3, 4 and 6. Parameters: ``alpha`` and ``beta``, one of each per layer."""
@@ -376,7 +405,10 @@ class QNWeight(_Steps, WeightQuantizer):
 
     def quantize(self, weight: Tensor) -> Tensor:
         """Eq. 7 in training, Eq. 12 in evaluation; gradients of section 4."""
-        return self._staircase(weight, self.params.temperature, _CAP, self.t1, self.still)
+        return self._staircase(weight, *self._limits(), self.t1, self.still)
+
+    def _limits(self) -> tuple[float, float]:
+        return self.params.temperature, _CAP
 
     def grid_scale(self, weight: Tensor) -> Tensor:
         return self._scales()[0].detach().reshape(1)
@@ -472,7 +504,10 @@ class QNActivation(_Steps, ActivationQuantizer):
         """Eq. 7 in training (the identity in the first phase), steps in evaluation."""
         if self.training and self.waiting:
             return _Idle.apply(x, *self.parameters())
-        return self._staircase(x, self.k, float("inf"), self.params.activation_backward == "t1")
+        return self._staircase(x, *self._limits(), self.params.activation_backward == "t1")
+
+    def _limits(self) -> tuple[float, float]:
+        return self.k, float("inf")
 
     def grid_scale(self) -> Tensor:
         return self._scales()[0].detach().reshape(1)
