@@ -13,7 +13,7 @@ from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
 
 #: pages that programs write (a benchmark, for one), and that a checkout need not have
-GENERATED = ("method_comparison.md", "recipes.md", "report.md", "training.md")
+GENERATED = ("method_comparison.md",)
 #: what the converter leaves of LaTeX that it does not know
 _LEFT_OVER = re.compile(r"<m\w+>(&|\\\\\w*)</m\w+>")
 _REMOTE = re.compile(
