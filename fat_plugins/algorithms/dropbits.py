@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from fat_plugins.algorithms._macs import multiply_accumulates
 from fat_plugins.algorithms._rq import (
     GridActivation,
     GridWeight,
@@ -72,12 +73,12 @@ class DropBitsParams(Params):
     bit_penalty: float = Field(
         0.03, ge=0, description="Hierarchical masks: weight of the expected number of levels in the loss (lambda)."
     )
-    bit_weight: Literal["one", "params"] = Field(
-        "one", description="Factor on a layer's penalty: 1, or its share of all weights that this algorithm quantizes."
+    bit_weight: Literal["one", "params", "macs"] = Field(
+        "one",
+        description="Factor on a layer's penalty: 1, or its share of all weights that this algorithm quantizes, or of "
+        "their multiply-accumulates, which are counted on the calibration data.",
     )
-    layer_weight: float = Field(
-        1.0, ge=0, description="A further factor, to be set by layer in scope_overrides (its share of MACs, say)."
-    )
+    layer_weight: float = Field(1.0, ge=0, description="A further factor, to be set by layer in scope_overrides.")
     learn_epochs: int | None = Field(
         None, ge=1, description="Epochs after which learned widths are fixed; null: learn_fraction of the planned."
     )
@@ -333,9 +334,14 @@ class DropBitsWeight(GridWeight):
 
     Learned widths (hierarchical masks): the buffer ``learned`` holds the width that was decided, 0 before. Until then
     training draws masks and evaluation uses the whole grid; afterwards both use the grid of that width.
+
+    With ``bit_weight: macs`` the buffer ``macs`` holds the multiply-accumulates of all inputs that were shown, -1
+    before the first. All layers see the same inputs, so their ratios are those of one sample, and a layer that is
+    called twice counts twice.
     """
 
     params: DropBitsParams
+    needs_input = True
 
     def __init__(self, spec: TensorSpec, params: DropBitsParams) -> None:
         self._learned = 0
@@ -346,7 +352,12 @@ class DropBitsWeight(GridWeight):
         if family == "hierarchical" and spec.bits <= _LEAST_BITS:
             family = "none"  # nothing is left to learn
         self.family = family
-        self.share = 1.0  # of all weights; a coordinator sets it
+        # of all weights or multiply-accumulates; a coordinator sets it
+        self.share: float | None = 1.0
+        self._macs = -1
+        if params.bit_weight == "macs":
+            self.share = None  # not known yet
+            self.register_buffer("macs", torch.full((1,), -1, dtype=torch.int64))
         self.register_buffer("learned", torch.zeros(1, dtype=torch.int64))
         if family == "none":
             self.phi = None
@@ -383,6 +394,26 @@ class DropBitsWeight(GridWeight):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if prefix + "learned" in state_dict:
             self._learned = int(self.learned[0])
+        if self.params.bit_weight == "macs" and prefix + "macs" in state_dict:
+            self._macs = int(self.macs[0])
+
+    @property
+    def wants_input(self) -> bool:
+        """While multiply-accumulates are counted, that is until training begins."""
+        return self.params.bit_weight == "macs" and self.share is None
+
+    @torch.no_grad()
+    def observe_input(self, x: Tensor) -> None:
+        """Counts the layer's multiply-accumulates. Ignored unless they are wanted, or if ``x`` is no input of a linear
+        layer or convolution with this weight."""
+        if self.wants_input and (count := multiply_accumulates(self.spec, x)) is not None:
+            self._macs = max(self._macs, 0) + count
+            self.macs.fill_(self._macs)
+
+    @property
+    def counted(self) -> int | None:
+        """Multiply-accumulates of all inputs shown until training began; ``None`` if not asked for, or without any."""
+        return None if self._macs < 0 else self._macs
 
     def _redraw(self, step: int) -> None:
         generator = torch.Generator().manual_seed(draw_seed(self.params.seed, self.spec, step))
@@ -443,9 +474,17 @@ class DropBitsWeight(GridWeight):
         return _Categorical.apply(weight, wide(self.log_alpha), self._log_sigma(), self.mask(), plan)
 
     def regularization(self) -> Tensor | None:
-        """``lambda w sum_m P(Z_m != 0)`` over the levels 2 .. b, while the width is being learned (section 4.3)."""
+        """``lambda w sum_m P(Z_m != 0)`` over the levels 2 .. b, while the width is being learned (section 4.3).
+
+        :raises ConfigError: ``bit_weight: macs``, and nobody told the layer's share.
+        """
         if not self.learns_bits:
             return None
+        if self.share is None:
+            raise ConfigError(
+                f"{self.spec.name or 'weight'}: bit_weight 'macs' counts multiply-accumulates over the whole network, "
+                "but no coordinator told this layer its share; announce progress before the first loss, or use 'one'"
+            )
         weight = self.params.bit_penalty * self.params.layer_weight * self.share
         return weight * open_probability(self._logits()).sum()
 
@@ -498,14 +537,34 @@ class DropBitsActivation(GridActivation):
 
 
 class DropBitsCoordinator(Coordinator):
-    """Tells every layer its share of the weights, for ``bit_weight: params``."""
+    """Tells every layer its share of the weights or multiply-accumulates, for ``bit_weight``."""
 
     def __init__(self, layers: list[LayerQuantizers]) -> None:
         super().__init__(layers)
         weights = [layer.weight for layer in layers if isinstance(layer.weight, DropBitsWeight)]
         total = sum(math.prod(w.spec.shape) for w in weights)
         for w in weights:
-            w.share = math.prod(w.spec.shape) / total if w.params.bit_weight == "params" else 1.0
+            if w.params.bit_weight == "params":
+                w.share = math.prod(w.spec.shape) / total
+        self._counted = [w for w in weights if w.params.bit_weight == "macs"]
+
+    def on_progress(self, progress: Progress) -> None:
+        """Share out the multiply-accumulates: now calibration is over, or a checkpoint with its counts is loaded.
+
+        :raises ConfigError: a layer that learns its width was never shown its input.
+        """
+        if not any(w.learns_bits for w in self._counted):
+            return
+        for w in self._counted:
+            if w.learns_bits and w.counted is None:
+                raise ConfigError(
+                    f"{w.spec.name or 'weight'}: bit_weight 'macs' needs the layer's multiply-accumulates, but "
+                    "calibration showed it no input of a linear layer or convolution; calibrate with data, or use "
+                    "'params' or 'one'"
+                )
+        total = sum(w.counted or 0 for w in self._counted)
+        for w in self._counted:
+            w.share = (w.counted or 0) / max(total, 1)
 
 
 class DropBits(Algorithm):

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from references import categorical, cpq, sigmoid
+from torch.utils.flop_counter import FlopCounterMode
 
 from fat_plugins import ConfigError, Progress, TensorSpec, get_algorithm, param_groups, regularization, set_progress
 from fat_plugins.algorithms import _rq as shared
 from fat_plugins.algorithms import dropbits as module
-from fat_plugins.quantizer import LayerQuantizers
+from fat_plugins.quantizer import LayerQuantizers, module_geometry
 
 DropBits = get_algorithm("dropbits")
 ALPHA, SIGMA = 0.5, 0.5 / 3
@@ -571,6 +572,175 @@ def test_share_of_the_weights():
     one = LayerQuantizers("one", weight(4, mask="hierarchical"))
     DropBits.make_coordinator([one, *layers, LayerQuantizers("float")])
     assert regularization(one.weight).item() == pytest.approx(plain)
+
+
+class Host(torch.nn.Module):
+    """What an adapter makes of layers that run in order, with ReLU in between."""
+
+    def __init__(self, layers, bits=4, data=None, **params):
+        super().__init__()
+        self.layers, self.quant = torch.nn.ModuleList(layers), torch.nn.ModuleList()
+        params = {"mask": "hierarchical", **params}
+        for i, layer in enumerate(layers):
+            axis = int(getattr(layer, "transposed", False))
+            spec = TensorSpec("weight", bits, f"layer{i}", tuple(layer.weight.shape), axis, **module_geometry(layer))
+            self.quant.append(DropBits.make(spec, params))
+            self.quant[i].calibrate(layer.weight)
+        self.coordinator = DropBits.make_coordinator(
+            [LayerQuantizers(f"layer{i}", q) for i, q in enumerate(self.quant)]
+        )
+        for x in data or ():
+            with torch.no_grad():
+                self(x, show=True)
+
+    def forward(self, x, show=False):
+        for i, (layer, quantizer) in enumerate(zip(self.layers, self.quant, strict=True)):
+            if isinstance(layer, torch.nn.Linear) and layer.in_features != x.shape[-1]:
+                x = x.flatten(1)
+            if show and quantizer.wants_input:
+                quantizer.observe_input(x)
+            x = torch.func.functional_call(layer, {"weight": quantizer(layer.weight)}, (x,), strict=False)
+            x = x.relu() if i + 1 < len(self.layers) else x
+        return x
+
+    def term(self):
+        return regularization(self)
+
+
+LAYERS = {
+    "linear": (lambda: torch.nn.Linear(5, 7), (3, 5)),
+    "linear on a sequence": (lambda: torch.nn.Linear(5, 7), (3, 4, 2, 5)),
+    "convolution": (lambda: torch.nn.Conv2d(4, 6, (3, 2), (2, 1), (1, 2), (2, 1)), (3, 4, 9, 8)),
+    "groups": (lambda: torch.nn.Conv2d(4, 6, 3, groups=2, padding="same"), (3, 4, 9, 8)),
+    "depthwise": (lambda: torch.nn.Conv2d(4, 4, 2, groups=4, padding="same"), (3, 4, 5, 6)),
+    "one sample": (lambda: torch.nn.Conv1d(4, 6, 3, stride=3), (4, 11)),
+    "volume": (lambda: torch.nn.Conv3d(2, 3, (1, 2, 3), stride=2), (2, 2, 5, 6, 7)),
+    "transposed": (lambda: torch.nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2), (3, 4, 5, 6)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_multiply_accumulates_are_those_that_torch_counts(name):
+    make, shape = LAYERS[name]
+    net, x = Host([make()], bit_weight="macs"), torch.randn(shape)
+    assert net.quant[0].counted is None and net.quant[0].wants_input
+    for batches in (1, 2):  # every input counts
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            net(x, show=True)
+        assert net.quant[0].counted == batches * counter.get_total_flops() // 2 > 0
+
+
+def test_share_of_the_multiply_accumulates():
+    """``bit_weight: macs`` against float64, with a batch that is shorter and samples of another size."""
+    layers = [torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Conv2d(4, 8, 3, stride=2), torch.nn.Linear(6, 10)]
+    data = [torch.randn(4, 3, 14, 14), torch.randn(1, 3, 14, 14)]
+    net = Host(layers, data=data, bit_weight="macs", bit_penalty=0.2, layer_weight=0.5)
+    with torch.no_grad():
+        for i, q in enumerate(net.quant):
+            q.phi.copy_(torch.tensor([1.5, 0.3, -1.0]) - i)
+    set_progress(net, Progress())
+    macs = np.array([5 * 14 * 14 * 4 * 3 * 9, 5 * 6 * 6 * 8 * 4 * 9, 5 * 8 * 6 * 10 * 6], dtype=np.float64)
+    assert [q.counted for q in net.quant] == macs.tolist()
+    phi = np.array([[1.5, 0.3, -1.0]]) - np.arange(3)[:, None]
+    opened = 1 / (1 + np.exp(module.BETA * np.log(0.1 / 1.1) - phi))
+    expected = 0.2 * 0.5 * macs / macs.sum() * opened.sum(1)
+    assert [q.regularization().item() for q in net.quant] == pytest.approx(expected.tolist(), rel=1e-6)
+    assert net.term().item() == pytest.approx(expected.sum(), rel=1e-6)
+    # and the gates learn by it
+    net.term().backward()
+    slope = 0.2 * 0.5 * (macs / macs.sum())[:, None] * opened * (1 - opened)
+    assert torch.stack([q.phi.grad for q in net.quant]).numpy() == pytest.approx(slope, rel=1e-5)
+    # training has begun: what other methods show from now on changes nothing
+    net(data[0], show=True)
+    assert [q.counted for q in net.quant] == macs.tolist()
+
+
+def test_a_layer_that_is_called_twice_counts_twice_and_a_look_up_nothing():
+    net = Host([torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 9)], bit_weight="macs")
+    for q, times in zip(net.quant, (2, 1, 0), strict=True):
+        for _ in range(times):
+            q.observe_input(torch.randn(5, 4))
+    net.quant[2].observe_input(torch.randint(9, (5, 7)))
+    set_progress(net, Progress())
+    assert [q.share for q in net.quant] == pytest.approx([2 / 3, 1 / 3, 0])
+
+
+def test_counts_are_in_the_state():
+    layers = [torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 2)]
+    net = Host(layers, data=[torch.randn(2, 3, 3, 3), torch.randn(2, 3, 3, 3)], bit_weight="macs")
+    set_progress(net, Progress())
+    fresh = Host(layers, bit_weight="macs")  # a host that resumes may have no data
+    fresh.load_state_dict(net.state_dict())
+    set_progress(fresh, Progress(step=3))
+    assert [q.share for q in fresh.quant] == [q.share for q in net.quant] == pytest.approx([108 / 116, 8 / 116])
+    assert fresh.term().item() == net.term().item()
+    clone = copy.deepcopy(net)
+    set_progress(clone, Progress(step=3))
+    assert clone.term().item() == net.term().item()
+    # other settings keep the layout that they had
+    assert "macs" not in weight(4, mask="hierarchical", bit_weight="params").state_dict()
+
+
+def test_unknown_multiply_accumulates_are_refused():
+    net = Host([torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)], bit_weight="macs")
+    net.quant[0].observe_input(torch.randn(2, 4))
+    for odd in (torch.randn(2, 3), torch.randn(())):  # no input of this layer
+        net.quant[1].observe_input(odd)
+    with pytest.raises(ConfigError, match=r"layer1: bit_weight 'macs' needs the layer's multiply-acc.*calibrate with"):
+        set_progress(net, Progress())
+    with pytest.raises(ConfigError, match=r"layer0: bit_weight 'macs' counts.*announce progress before the first loss"):
+        net.term()
+    fixed = Host([torch.nn.Linear(4, 4)], bit_weight="macs", mask="endpoints")  # nothing is learned, nothing needed
+    set_progress(fixed, Progress())
+    assert fixed.term() is None
+
+
+@pytest.mark.parametrize("bit_weight", ["one", "macs"])
+def test_two_layers_learn_widths_and_are_fine_tuned(bit_weight):
+    """From penalty to decision to fine-tuning: the layer of four values needs two bits, the one of many more."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(12, 16), torch.nn.Linear(16, 4)]
+    with torch.no_grad():
+        layers[0].weight.copy_(torch.randint(-2, 2, (16, 12)) * 0.25)
+        layers[1].weight.normal_()
+        x = torch.randn(256, 12)
+        target = layers[1](layers[0](x).relu())
+    penalty = {"one": 0.1, "macs": 0.2}[bit_weight]
+    net = Host(layers, data=[x], bit_weight=bit_weight, bit_penalty=penalty, learn_epochs=8).train()
+    optimizer = torch.optim.Adam(param_groups(net, 0.003), lr=0.003)
+
+    def epoch(number):
+        for step in range(30):
+            set_progress(net, Progress(step=30 * number + step, epoch=number))
+            loss = torch.nn.functional.mse_loss(net(x), target)
+            loss = loss if (term := net.term()) is None else loss + term
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    def error():
+        with torch.no_grad():
+            out = net.eval()(x)
+        net.train()
+        return torch.nn.functional.mse_loss(out, target).item() / target.var().item()
+
+    for number in range(8):
+        epoch(number)
+        assert [q.bits for q in net.quant] == [4, 4]  # decided at once, and not before
+    set_progress(net, Progress(step=240, epoch=8))
+    widths = [q.bits for q in net.quant]
+    decided, before = error(), [layer.weight.detach().clone() for layer in layers]
+    for number in range(8, 14):
+        epoch(number)
+        assert net.term() is None and [q.bits for q in net.quant] == widths
+    print(bit_weight, widths, decided, error(), [q.monitor()["expected bits"] for q in net.quant])
+    assert widths[0] == 2 < widths[1]
+    assert all(not torch.equal(a, layer.weight) for a, layer in zip(before, layers, strict=True))
+    assert error() < decided
+    for bits, q, layer in zip(widths, net.quant, layers, strict=True):
+        codes, form = q.freeze_codes(layer.weight.detach())
+        assert form.bits == bits and -(2 ** (bits - 1)) <= codes.min() and codes.max() < 2 ** (bits - 1)
+        assert torch.equal(form.decode(codes), q.eval()(layer.weight))
 
 
 def test_learned_widths_need_gates_that_learn():
