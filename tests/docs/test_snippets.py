@@ -19,6 +19,7 @@ from pages import DOCS, FILE, ROOT, blocks, name, with_blocks
 from fat_plugins.cli import app
 from fat_plugins.config import CompressionConfig, is_plugin_section, split_sections
 from fat_plugins.convert import convert
+from fat_plugins.errors import ConfigError
 
 
 def missing_host(code: str, hosts: set[str]) -> str | None:
@@ -80,7 +81,12 @@ def test_yaml_snippets_are_valid_recipes(page, tmp_path):
             (tmp_path / "snippet.yaml").write_text(yaml.safe_dump(recipe))
             for config in (ROOT / "recipes").glob("*.json"):
                 (tmp_path / config.name).write_text(config.read_text())
-            load_recipe(str(tmp_path / "snippet.yaml"))
+            try:
+                load_recipe(str(tmp_path / "snippet.yaml"))
+            except ConfigError as error:
+                if "needs torchvision" in str(error):
+                    pytest.skip("the recipe names a network of torchvision, which is not installed")
+                raise
 
 
 def test_shown_report_of_convert_is_what_convert_says():
