@@ -9,12 +9,14 @@ generation, ``<!-- file: NAME -->`` for a file that the reader creates, ``<!-- p
 import json
 import os
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import typer
 import yaml
 from pages import DOCS, FILE, ROOT, blocks, name, with_blocks
+from torchvision_shim import import_torchvision
 
 from fat_plugins.cli import app
 from fat_plugins.config import CompressionConfig, is_plugin_section, split_sections
@@ -74,6 +76,8 @@ def test_json_snippets_are_valid_configs(page, files_of):
 def test_yaml_snippets_are_valid_recipes(page, tmp_path):
     from fat_plugins.recipes import load_recipe
 
+    if find_spec("torchvision"):
+        import_torchvision()
     for m in blocks(page, "yaml"):
         recipe = yaml.safe_load(m["code"])
         if m["mark"] != "part":
