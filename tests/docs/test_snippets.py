@@ -75,12 +75,15 @@ def test_json_snippets_are_valid_configs(page, files_of):
 @pytest.mark.parametrize("page", with_blocks("yaml"), ids=name)
 def test_yaml_snippets_are_valid_recipes(page, tmp_path):
     from fat_plugins.recipes import load_recipe
+    from fat_plugins.recipes.schema import Recipe
 
     if find_spec("torchvision"):
         import_torchvision()
     for m in blocks(page, "yaml"):
         recipe = yaml.safe_load(m["code"])
-        if m["mark"] != "part":
+        if m["mark"] == "part":  # sections of a recipe: their keys
+            assert set(recipe) <= set(Recipe.model_fields)
+        else:
             recipe.setdefault("name", "snippet")
             (tmp_path / "snippet.yaml").write_text(yaml.safe_dump(recipe))
             for config in (ROOT / "recipes").glob("*.json"):
