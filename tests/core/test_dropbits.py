@@ -695,6 +695,56 @@ def test_unknown_multiply_accumulates_are_refused():
     assert fixed.term() is None
 
 
+@pytest.mark.parametrize("bit_weight", ["one", "macs"])
+def test_two_layers_learn_widths_and_are_fine_tuned(bit_weight):
+    """From penalty to decision to fine-tuning: the layer of four values gives a bit away, the one of many keeps all."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(12, 16), torch.nn.Linear(16, 4)]
+    with torch.no_grad():
+        layers[0].weight.copy_(torch.randint(-2, 2, (16, 12)) * 0.25)
+        layers[1].weight.normal_()
+        x = torch.randn(256, 12)
+        target = layers[1](layers[0](x).relu())
+    penalty = {"one": 0.1, "macs": 0.2}[bit_weight]
+    net = Host(layers, data=[x], bit_weight=bit_weight, bit_penalty=penalty, learn_epochs=8).train()
+    with torch.no_grad():  # its four values are the inner four points of sixteen
+        net.quant[0].log_alpha.fill_(math.log(0.25))
+        net.quant[0].log_sigma.fill_(math.log(0.25 / 3))
+    optimizer = torch.optim.Adam(param_groups(net, 0.003), lr=0.003)
+
+    def epoch(number):
+        for step in range(30):
+            set_progress(net, Progress(step=30 * number + step, epoch=number))
+            loss = torch.nn.functional.mse_loss(net(x), target)
+            loss = loss if (term := net.term()) is None else loss + term
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    def error():
+        with torch.no_grad():
+            out = net.eval()(x)
+        net.train()
+        return torch.nn.functional.mse_loss(out, target).item() / target.var().item()
+
+    for number in range(8):
+        epoch(number)
+        assert [q.bits for q in net.quant] == [4, 4]  # decided at once, and not before
+    set_progress(net, Progress(step=240, epoch=8))
+    widths = [q.bits for q in net.quant]
+    decided, before = error(), [layer.weight.detach().clone() for layer in layers]
+    for number in range(8, 14):
+        epoch(number)
+        assert net.term() is None and [q.bits for q in net.quant] == widths
+    assert widths == [3, 4]
+    assert all(not torch.equal(a, layer.weight) for a, layer in zip(before, layers, strict=True))
+    assert max(decided, error()) < 0.15
+    for bits, q, layer in zip(widths, net.quant, layers, strict=True):
+        codes, form = q.freeze_codes(layer.weight.detach())
+        assert form.bits == bits and -(2 ** (bits - 1)) <= codes.min() and codes.max() < 2 ** (bits - 1)
+        assert torch.equal(form.decode(codes), q.eval()(layer.weight))
+
+
 def test_learned_widths_need_gates_that_learn():
     with pytest.raises(
         ConfigError, match="conv1: mask 'hierarchical' learns bit widths, which gates 'bernoulli' cannot"
