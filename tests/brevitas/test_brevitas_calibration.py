@@ -18,6 +18,11 @@ def scale(layer):
     return float(layer.act_quant.scale())
 
 
+def levels(largest):
+    """The 16 levels of a 4-bit activation: its best clip is the largest."""
+    return torch.arange(16) / 15 * largest
+
+
 def test_before_calibration_activations_pass_and_weights_are_quantized():
     net = Net().eval()
     x = batch()
@@ -38,8 +43,8 @@ def test_the_first_training_batch_calibrates_once():
 def test_more_batches_refine():
     layer = qnn.QuantReLU(act_quant=FATActQuant, collect_stats_steps=2)
     for factor in (1, 3, 7):
-        layer(torch.linspace(0, 1, 50) * factor)
-    assert scale(layer) == pytest.approx(3 / 15)
+        layer(levels(factor))
+    assert scale(layer) == pytest.approx(3**0.5 / 15)  # the geometric mean of the first two
 
 
 @each_activation
@@ -63,18 +68,18 @@ def test_calibration_mode_sees_every_batch_and_ends():
     layer = nn.Sequential(qnn.QuantReLU(act_quant=FATActQuant)).eval()
     with torch.no_grad(), calibration_mode(layer):
         for factor in (1, 5, 2):
-            layer(torch.linspace(0, 1, 50) * factor)
-    assert scale(layer[0]) == pytest.approx(5 / 15)
+            layer(levels(factor))
+    assert scale(layer[0]) == pytest.approx(10 ** (1 / 3) / 15)
     assert not layer.training
-    layer.train()(torch.linspace(0, 1, 50) * 20)
-    assert scale(layer[0]) == pytest.approx(5 / 15)
+    layer.train()(levels(20))
+    assert scale(layer[0]) == pytest.approx(10 ** (1 / 3) / 15)
 
 
 def test_a_second_calibration_starts_anew():
     layer = nn.Sequential(qnn.QuantReLU(act_quant=FATActQuant))
     layer.train()(torch.linspace(0, 9, 50))
     with torch.no_grad(), calibration_mode(layer):
-        layer(torch.linspace(0, 1, 50))
+        layer(levels(1))
     assert scale(layer[0]) == pytest.approx(1 / 15)
 
 
@@ -92,10 +97,10 @@ def test_bias_correction_mode():
 
 def test_calibration_max_is_for_calibration_only():
     layer = qnn.QuantReLU(act_quant=FATActQuant, calibration_max=6.0)
-    layer(torch.linspace(0, 40, 100))
+    layer(torch.cat([levels(6), torch.tensor([40.0])]))
     assert scale(layer) == pytest.approx(6 / 15)
     small = qnn.QuantReLU(act_quant=FATActQuant, calibration_max=6.0)
-    small(torch.linspace(0, 3, 100))
+    small(levels(3))
     assert scale(small) == pytest.approx(3 / 15)
 
 
