@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 #: elements of a batch that are looked at, and candidates between nothing and the largest value
-SAMPLES, CANDIDATES = 65536, 100
+SAMPLES, CANDIDATES = 16384, 100
 
 
 def best_clip(x: Tensor, quantize: Callable[[Tensor, Tensor], Tensor]) -> float:
     """The clip with the least mean squared error, among hundredths of the largest magnitude; 0 for a tensor of zeros.
 
-    :param x: float tensor of any shape; 65536 evenly spaced elements at most are looked at.
+    :param x: float tensor of any shape; 16384 evenly spaced elements at most are looked at.
     :param quantize: ``quantize(x, clip)`` gives the quantized ``x`` (1-d) for a clip (0-d).
     """
     flat = x.detach().reshape(-1)

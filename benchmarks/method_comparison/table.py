@@ -91,6 +91,7 @@ def write_page(results: Path, page: Path) -> None:
             parts.append(_markdown(header, rows))
             if refused:
                 parts.append("Not run: " + "; ".join(sorted(set(refused))) + ".")
+    parts.append((Path(__file__).with_name("notes.md")).read_text(encoding="utf-8").strip())
     fidelity = [f"* `{m}`: {algorithms()[m].title}. {algorithms()[m].fidelity}" for m in METHODS if m in algorithms()]
     parts.append("## How faithful the implementations are\n\n" + "\n".join(fidelity))
     temporary = page.with_suffix(".tmp")
