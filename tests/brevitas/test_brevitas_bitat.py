@@ -85,14 +85,14 @@ class ByHand(nn.Module):
         torch.manual_seed(0)
         weight = fat_brevitas.weight_quant("bitat", bit_width=1, calibration_samples=8)
         act = fat_brevitas.act_quant("bitat", bit_width=1, calibration_samples=8)
-        self.fc = qnn.QuantLinear(6, 5, bias=True, weight_quant=weight)
+        self.fc = qnn.QuantLinear(54, 5, bias=True, weight_quant=weight)
         self.act2 = qnn.QuantIdentity(act_quant=act)
         self.conv = qnn.QuantConv2d(3, 6, 3, weight_quant=weight)
         self.act1 = qnn.QuantIdentity(act_quant=act)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.act2(self.conv(self.act1(x)))
-        return self.fc(nn.functional.max_pool2d(x, 6).flatten(1))
+        return self.fc(nn.functional.max_pool2d(x, 2).flatten(1))
 
 
 def test_built_by_hand():
