@@ -15,7 +15,7 @@ from fat_brevitas.modules import WeightTensorQuant
 from fat_plugins.errors import ConfigError
 
 #: batches for weight quantizers that look at the inputs of their layers
-_INPUT_BATCHES = 4
+INPUT_BATCHES = 4
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -106,7 +106,7 @@ def calibrate(model: nn.Module, batches: Batches, plan: Plan) -> None:
     try:
         with calibration_mode(model):
             for i, inputs in enumerate(batches.take(plan.range_batches(batches.size))):
-                if i == _INPUT_BATCHES:
+                if i == INPUT_BATCHES:
                     _remove(hooks)
                 call(model, inputs)
         _remove(hooks)

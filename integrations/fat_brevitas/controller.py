@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from fat_brevitas.coordinators import attach_by_hand
 from fat_brevitas.training import regularization, set_progress
 from fat_plugins.errors import CheckpointError, HostError
+from fat_plugins.quantizer import named_quantizers
 
 
 class Scheduler:
@@ -68,14 +70,20 @@ class Scheduler:
 
 
 class Controller:
-    """The loss and schedule of a model that :func:`fat_brevitas.quantize` gave.
+    """The loss and schedule of a model that :func:`fat_brevitas.quantize` gave, or that is built of our layers by hand.
 
-    :raises HostError: another model.
+    :param calibration: a loader or list of batches, as for ``quantize``. A model that is built by hand needs it when an
+        algorithm acts on the whole network: its coordinator is built here, in the order in which the first batch meets
+        the layers, and its state becomes part of the model's. Build the optimizer, and load a state dict, afterwards.
+    :raises HostError: another model, or ``calibration`` is missing.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        if not getattr(model, "compression_state", None):
-            raise HostError(f"{type(model).__name__} was not quantized by fat_brevitas.quantize")
+    def __init__(self, model: nn.Module, calibration: Iterable[Any] | None = None) -> None:
+        if not any(True for _ in named_quantizers(model)):
+            raise HostError(
+                f"{type(model).__name__} was not quantized by fat_brevitas.quantize and has none of its layers"
+            )
+        attach_by_hand(model, calibration)
         self.model = model
         self.scheduler = Scheduler(model)
 
@@ -84,5 +92,13 @@ class Controller:
         return regularization(self.model)
 
     def compression_state(self) -> dict[str, Any]:
-        """What rebuilds the model, in JSON types."""
+        """What rebuilds the model, in JSON types.
+
+        :raises HostError: the model is built by hand; only its code rebuilds it.
+        """
+        if not getattr(self.model, "compression_state", None):
+            raise HostError(
+                f"{type(self.model).__name__} is built by hand: build it again, then Controller(model, calibration), "
+                "then load_state_dict"
+            )
         return copy.deepcopy(self.model.compression_state)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from brevitas.fx import GraphModule, Node
+from brevitas.fx import GraphModule
 from torch import nn
 
 from fat_brevitas.calibration import (
@@ -23,15 +23,12 @@ from fat_brevitas.calibration import (
     move,
 )
 from fat_brevitas.config import Plan, parse_config
-from fat_brevitas.modules import ActTensorQuant, WeightTensorQuant
+from fat_brevitas.coordinators import COORDINATORS, attach, layers_of_graph
 from fat_brevitas.placement import Placement, detach_pruned, install, trace
 from fat_plugins.errors import CheckpointError, ConfigError, HostError
-from fat_plugins.quantizer import LayerQuantizers, Quantizer, coordinators, named_quantizers
-from fat_plugins.registry import get_algorithm
+from fat_plugins.quantizer import coordinators, named_quantizers
 from fat_plugins.scopes import as_list
 
-#: module that holds coordinators, so that state dicts have them
-COORDINATORS = "fat_plugins_coordinators"
 _FORMAT = 1
 
 
@@ -95,7 +92,7 @@ def quantize(
     result = QuantizedModel(traced.model, traced.model.graph, type(model).__name__).to(device)
     if not any(True for _ in named_quantizers(result)):
         raise HostError("nothing to quantize: the scopes of the config leave no tensor")
-    _add_coordinators(result, batches)
+    attach(result, layers_of_graph(result), batches)
     if plan.lr_multiplier is not None:
         for _, quantizer in named_quantizers(result):
             quantizer.set_lr_multiplier(plan.lr_multiplier)
@@ -148,68 +145,6 @@ def _unsupported(placement: Placement) -> None:
     if left:
         names = ", ".join(dict.fromkeys(traced.describe(n) for n in left))
         warnings.warn(f"these layers have weights that stay float: {names}", UserWarning, stacklevel=3)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# coordinators
-# --------------------------------------------------------------------------------------------------------------------
-def _quantizer_of(module: nn.Module | None) -> Quantizer | None:
-    """The activation quantizer inside a Brevitas activation layer."""
-    found = getattr(getattr(module, "act_quant", None), "act_tensor_quant", None)
-    return found.quantizer if isinstance(found, ActTensorQuant) else None
-
-
-def _add_coordinators(model: QuantizedModel, batches: Batches | None) -> None:
-    layers: dict[str, list[LayerQuantizers]] = {}
-    seen: set[int] = set()
-    algorithm_of = {id(q): type_name for q, type_name in _algorithms(model)}
-    for node in model.graph.nodes:
-        if node.op != "call_module":
-            continue
-        layer = model.get_submodule(node.target)
-        wrapper = getattr(getattr(layer, "weight_quant", None), "tensor_quant", None)
-        if not isinstance(wrapper, WeightTensorQuant) or id(wrapper) in seen:
-            continue
-        seen.add(id(wrapper))
-        weight = wrapper.quantizer
-        name = algorithm_of[id(weight)]
-        before = _input_quantizer(model, node)
-        if before is not None and algorithm_of[id(before)] != name:
-            before = None
-        parameters = dict(layer.named_parameters(recurse=False))
-        own = {f"{node.target}.weight": parameters.get("weight", parameters.get("weight_orig"))}
-        own |= {f"{node.target}.bias": parameters["bias"]} if parameters.get("bias") is not None else {}
-        layers.setdefault(name, []).append(LayerQuantizers(node.target, weight, before, own))
-    found = nn.ModuleDict()
-    for name, members in layers.items():
-        coordinator = get_algorithm(name).make_coordinator(members)
-        if coordinator is not None:
-            found[name] = coordinator.to(device_of(model)).train(model.training)
-            if batches is not None:
-                coordinator.set_calibration(Pass(model, batches))
-    if found:
-        model.add_module(COORDINATORS, found)
-
-
-def _algorithms(model: nn.Module) -> Iterable[tuple[Quantizer, str]]:
-    for module in model.modules():
-        for proxy in (getattr(module, "weight_quant", None), getattr(module, "act_quant", None)):
-            quantizer = getattr(proxy, "quantizer", None)
-            if isinstance(quantizer, Quantizer):
-                yield quantizer, proxy.quant_injector.algorithm
-
-
-def _input_quantizer(model: QuantizedModel, node: Node) -> Quantizer | None:
-    """The quantizer of a layer's input: the nearest one upstream, through what has a single input."""
-    while len(node.all_input_nodes) >= 1:
-        node = node.all_input_nodes[0]
-        module = model.get_submodule(node.target) if node.op == "call_module" else None
-        found = _quantizer_of(module)
-        if found is not None:
-            return found
-        if hasattr(module, "weight_quant"):
-            return None
-    return None
 
 
 # --------------------------------------------------------------------------------------------------------------------

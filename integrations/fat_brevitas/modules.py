@@ -6,6 +6,7 @@ and off, and on all its versions.
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from fat_plugins.errors import QuantizationError
 from fat_plugins.forms import Codebook, Form, Staircase, UniformGrid
 from fat_plugins.functional import per_channel_view
 from fat_plugins.quantizer import ActivationQuantizer, WeightQuantizer
+from fat_plugins.registry import algorithms
 
 Quantized = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
@@ -101,6 +103,8 @@ class WeightTensorQuant(_Wrapper):
         self.container: Container | None = None
         self._ready = False
         self._bits = quantizer.bits
+        #: somebody looked whether the algorithm has a coordinator, and built it
+        self.coordinated = False
 
     def forget(self) -> None:
         self._ready = False
@@ -109,6 +113,20 @@ class WeightTensorQuant(_Wrapper):
         if mode != self.training:
             self._ready = False  # an algorithm may have changed its levels
         return super().train(mode)
+
+    def _warn_alone(self) -> None:
+        """An algorithm of the whole network that trains layer by layer would go unnoticed otherwise."""
+        if self.coordinated or not (self.training and torch.is_grad_enabled()):
+            return
+        algorithm = algorithms().get(self.quantizer.algorithm)
+        if algorithm is not None and algorithm.coordinator is not None:
+            # without the layer's name, so that Python shows it once
+            warnings.warn(
+                f"'{algorithm.name}' acts on the whole network, but its layers train alone: call "
+                "fat_brevitas.Controller(model, calibration) before training",
+                UserWarning,
+                stacklevel=2,
+            )
 
     @torch.no_grad()
     def prepare(self, weight: Tensor) -> Container | None:
@@ -137,6 +155,7 @@ class WeightTensorQuant(_Wrapper):
             self.prepare(x)
             if fresh:
                 self.quantizer.fold_into(x)
+                self._warn_alone()
         elif not self._ready:
             raise QuantizationError(f"{spec.name}: run the whole weight through the quantizer before a slice of it")
         value = self._delayed(x, self.quantizer(x))

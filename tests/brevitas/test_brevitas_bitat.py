@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import brevitas.nn as qnn
 import fat_brevitas
 import pytest
 import torch
@@ -9,8 +10,9 @@ from fat_brevitas.deployed import frozen
 from fat_brevitas.model import rebuild
 from torch import nn
 
+from fat_plugins.errors import HostError
 from fat_plugins.export import qonnx
-from fat_plugins.quantizer import coordinators
+from fat_plugins.quantizer import coordinators, named_quantizers
 
 SECTION = {
     "algorithm": "bitat",
@@ -73,3 +75,56 @@ def test_stages_resume_and_deployment(tmp_path):
     assert report.ok and not any(c.differences for c in [*report.weights, *report.activations])
     kinds = [n.op_type for n in onnx.load(tmp_path / "m.onnx").graph.node]
     assert kinds.count("BipolarQuant") == 4 and "MultiThreshold" not in kinds
+
+
+class ByHand(nn.Module):
+    """Two binary layers, registered in another order than they run in; a pooling stands before the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        weight = fat_brevitas.weight_quant("bitat", bit_width=1, calibration_samples=8)
+        act = fat_brevitas.act_quant("bitat", bit_width=1, calibration_samples=8)
+        self.fc = qnn.QuantLinear(54, 5, bias=True, weight_quant=weight)
+        self.act2 = qnn.QuantIdentity(act_quant=act)
+        self.conv = qnn.QuantConv2d(3, 6, 3, weight_quant=weight)
+        self.act1 = qnn.QuantIdentity(act_quant=act)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act2(self.conv(self.act1(x)))
+        return self.fc(nn.functional.max_pool2d(x, 2).flatten(1))
+
+
+def test_built_by_hand():
+    model = ByHand()
+    controller = fat_brevitas.Controller(model, DATA)
+    (stages,) = coordinators(model)
+    assert [layer.name for layer in stages.layers] == ["conv", "fc"]
+    assert [layer.input_activation for layer in stages.layers] == [
+        m.act_quant.quantizer for m in (model.act1, model.act2)
+    ]
+    assert "fc.bias" in stages.layers[1].parameters and model.training
+    assert all(q.calibrated for _, q in named_quantizers(model))
+    train(model, range(3))
+    assert stages._stage == 1 and [layer.weight._phase for layer in stages.layers] == [2, 0]
+    assert controller.loss().item() > 0
+    again = ByHand()
+    fat_brevitas.Controller(again, DATA)
+    again.load_state_dict(model.state_dict())
+    again.eval()
+    assert torch.equal(again(DATA[0]), model(DATA[0]))
+    fat_brevitas.Controller(again, DATA)  # a second one finds what is there
+    assert train(again, range(3, 6)) == train(model, range(3, 6))
+    assert stages._stage == 2 and len(list(coordinators(again))) == 1
+    with pytest.raises(HostError, match="ByHand is built by hand"):
+        controller.compression_state()
+
+
+def test_built_by_hand_without_coordinator():
+    model = ByHand()
+    with pytest.raises(HostError, match=r"'bitat' .* needs data: Controller\(model, calibration\)"):
+        fat_brevitas.Controller(model)
+    with pytest.raises(HostError, match=r"nn\.Sequential cannot hold"):
+        fat_brevitas.Controller(nn.Sequential(model), DATA)
+    with pytest.warns(UserWarning, match=r"'bitat' acts on the whole network, but its layers train alone"):
+        model(DATA[0])

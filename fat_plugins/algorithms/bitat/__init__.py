@@ -5,7 +5,7 @@ quoted are those of the project's BiTAT specification, which marks what is the p
 
 Weights are two values per output channel, trained straight-through from signs that were solved for in the metric of the
 layer's input; activations are signs behind a learned shift. The layers are binarized one after the other, bottom-up,
-by the coordinator in ``stages.py``. Without a coordinator (layers built by hand) every layer is binarized from
+by the coordinator in ``stages.py``. Without a coordinator every layer is binarized from
 the start, with no other metric than the identity.
 """
 
