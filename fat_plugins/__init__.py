@@ -20,6 +20,7 @@ from fat_plugins.quantizer import (
     set_progress,
 )
 from fat_plugins.registry import Algorithm, algorithms, get_algorithm
+from fat_plugins.reuse import accumulate, get_weight_cache, set_weight_cache
 
 __version__ = "0.1.0"
 
@@ -40,15 +41,18 @@ __all__ = [
     "TensorSpec",
     "WeightQuantizer",
     "__version__",
+    "accumulate",
     "algorithms",
     "compare",
     "get_algorithm",
     "get_backend",
+    "get_weight_cache",
     "named_quantizers",
     "param_groups",
     "reestimate_batch_norms",
     "regularization",
     "set_backend",
     "set_progress",
+    "set_weight_cache",
     "summary",
 ]

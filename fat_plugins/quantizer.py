@@ -18,6 +18,7 @@ from fat_plugins.errors import CheckpointError, QuantizationError
 from fat_plugins.figures import Figure
 from fat_plugins.forms import Form
 from fat_plugins.functional import keep_zeros
+from fat_plugins.reuse import Kept, Shared
 
 Role = Literal["weight", "activation"]
 _MOST_DIMENSIONS = 8
@@ -314,16 +315,48 @@ class WeightQuantizer(Quantizer):
         if spec.keep_zeros and not self.has_zero:
             raise QuantizationError(f"{where}: the grid has no zero, so sparsity cannot be kept")
         super().__init__(spec, params)
+        self._kept = Kept()
+        #: what the parts of a training batch share, inside :func:`fat_plugins.reuse.accumulate`
+        self.shared: Shared | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Quantized weight, same shape and dtype.
+        """Quantized weight, same shape and dtype; see :mod:`fat_plugins.reuse` for when it is not computed anew.
 
         NaN and infinity are not looked for here (that would stall the device): NaN comes out as NaN.
         """
         if not self.enabled:
             return weight
+        if torch.is_grad_enabled():
+            if self.shared is not None and self.training:
+                return self.shared.get(self, weight)
+        elif not self.training:
+            return self._kept.get(self, weight)
+        return self.compute(weight)
+
+    def compute(self, weight: Tensor) -> Tensor:
+        """The quantized weight, computed now."""
         out = self.quantize(weight)
         return keep_zeros(out, weight) if self.spec.keep_zeros else out
+
+    # -- what is kept of earlier forwards ----------------------------------------------------------------------------
+    def train(self, mode: bool = True) -> WeightQuantizer:
+        self._kept.drop()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> WeightQuantizer:
+        self._kept.drop()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._kept.drop()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in super().__getstate__().items() if k not in ("_kept", "shared")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._kept, self.shared = Kept(), None
 
     def calibrate(self, weight: Tensor) -> None:
         """Initialise from the float weight, once. A quantizer that owns the weight ignores a second call, until
