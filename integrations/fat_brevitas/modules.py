@@ -7,7 +7,7 @@ and off, and on all its versions.
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from fat_plugins.forms import Codebook, Form, Staircase, UniformGrid
 from fat_plugins.functional import per_channel_view
 from fat_plugins.quantizer import ActivationQuantizer, WeightQuantizer
 from fat_plugins.registry import algorithms
+from fat_plugins.reuse import Kept, state_of
 
 Quantized = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
@@ -103,15 +104,18 @@ class WeightTensorQuant(_Wrapper):
         self.container: Container | None = None
         self._ready = False
         self._bits = quantizer.bits
+        self._scale = Kept()
         #: somebody looked whether the algorithm has a coordinator, and built it
         self.coordinated = False
 
     def forget(self) -> None:
         self._ready = False
+        self._scale.drop()
 
     def train(self, mode: bool = True) -> WeightTensorQuant:
         if mode != self.training:
             self._ready = False  # an algorithm may have changed its levels
+        self._scale.drop()
         return super().train(mode)
 
     def _warn_alone(self) -> None:
@@ -161,8 +165,14 @@ class WeightTensorQuant(_Wrapper):
         value = self._delayed(x, self.quantizer(x))
         if self.container is None:
             return value, None, None, None
-        scale = scale_view(self.quantizer.grid_scale(x).to(x.dtype), x.ndim, spec.channel_axis)
+        if self.training or torch.is_grad_enabled():
+            scale = self._scale_of(x)
+        else:
+            scale = self._scale.get(self._scale_of, self.quantizer, x)
         return value, scale, self._zero_point, self._bit_width
+
+    def _scale_of(self, x: Tensor) -> Tensor:
+        return scale_view(self.quantizer.grid_scale(x).to(x.dtype), x.ndim, self.quantizer.spec.channel_axis)
 
 
 class ActTensorQuant(_Wrapper):
@@ -190,6 +200,8 @@ class ActTensorQuant(_Wrapper):
         self.calibration_range = calibration_range
         #: integer type of the form when it was last looked at; in training that would stall the device
         self.container: Container | None = None
+        #: state of the quantizer at that time, while evaluating
+        self._seen: tuple[Any, ...] | None = None
         #: set by Brevitas's calibration mode: collect, and pass the input on
         self.observer_only = False
 
@@ -206,7 +218,20 @@ class ActTensorQuant(_Wrapper):
         self._steps = steps
 
     def forget(self) -> None:
-        self.container = None
+        self.container = self._seen = None
+
+    def _look(self) -> None:
+        """Learn the integer type of the form, if the quantizer is another one than when it was last looked at."""
+        seen = None if self.training else state_of(self.quantizer)
+        if self.container is not None and (self.training or self._seen == seen):
+            return
+        found = container_of(self.quantizer.form())
+        if self.container is None or found.bits != self.container.bits:
+            self._bit_width = torch.full_like(self._bit_width, found.bits)  # who has the old one keeps it
+        self.container, self._seen = found, seen
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_seen": None}
 
     def init_scale(self) -> None:
         """End of Brevitas's calibration mode."""
@@ -226,12 +251,10 @@ class ActTensorQuant(_Wrapper):
                 clipped = self.calibration_range != (None, None)
                 quantizer.calibrate(x.detach().clamp(*self.calibration_range) if clipped else x)
             self.counter += 1
-            self.container = None  # calibration decides the sign
+            self.forget()  # calibration decides the sign
         if self.observer_only or not quantizer.calibrated or not quantizer.enabled:
             return x, None, None, None
-        if not self.training or self.container is None:
-            self.container = container_of(quantizer.form())
+        self._look()
         value = self._delayed(x, quantizer(x))
-        bit_width = torch.full_like(self._bit_width, self.container.bits)
         scale = scale_view(quantizer.grid_scale().to(x.dtype), x.ndim, quantizer.spec.channel_axis)
-        return value, scale, self._zero_point, bit_width
+        return value, scale, self._zero_point, self._bit_width
