@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
+import pytest
 import torch
 from crossgen import Net, build_net, formula
 from torch import Tensor, nn
@@ -96,6 +97,26 @@ def check_no_wait(model: nn.Module, controller: Any) -> None:
     with Waits() as waits:
         step(model, controller, optimizer, 3)
     assert not waits.found, waits.found
+
+
+def check_no_wait_on_gpu(model: nn.Module, controller: Any) -> None:
+    """The same as torch itself sees it: anything in the step that waits is an error."""
+    model.cuda().train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01, momentum=0.9)
+    images, labels = (t.cuda() for t in batch())
+    controller.scheduler.epoch_step()
+    for turn in range(3):  # kernels are compiled in the first ones
+        torch.cuda.set_sync_debug_mode("error" if turn == 2 else "default")
+        try:
+            controller.scheduler.step()
+            optimizer.zero_grad()
+            (nn.functional.cross_entropy(model(images), labels) + controller.loss()).backward()
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 @contextmanager
@@ -222,6 +243,9 @@ __all__ = [
     "check_channels_last",
     "check_evaluation",
     "check_no_wait",
+    "check_no_wait_on_gpu",
+    "computations",
+    "needs_gpu",
     "section",
     "step",
     "weight_quantizers",

@@ -19,7 +19,9 @@ from stepping import (
     check_channels_last,
     check_evaluation,
     check_no_wait,
+    check_no_wait_on_gpu,
     computations,
+    needs_gpu,
     section,
 )
 from torch.nn.utils import prune
@@ -36,6 +38,13 @@ def compress(algorithm: str, net=None, **more):
 def test_a_training_step_waits_for_nothing(algorithm):
     controller, model = compress(algorithm)
     check_no_wait(model, controller)
+
+
+@needs_gpu
+@pytest.mark.parametrize("algorithm", ["lsq", "fat"])
+def test_a_training_step_waits_for_nothing_on_a_gpu(algorithm):
+    controller, model = compress(algorithm)
+    check_no_wait_on_gpu(model, controller)
 
 
 @pytest.mark.parametrize("algorithm", ["lsq", "fat", "dropbits"])

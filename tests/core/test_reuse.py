@@ -356,3 +356,17 @@ def test_evaluation_inside_is_an_evaluation():
         assert not evaluated(quantizer, weight).requires_grad
         quantizer.train()
     assert weight.grad is not None
+
+
+def test_refused_under_distributed_data_parallel(tmp_path):
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(Net("lsq"))
+        with pytest.raises(QuantizationError, match=r"conv0: .*DistributedDataParallel"), accumulate(model):
+            model(batches(1)[0])
+        with accumulate(model.module):  # without the wrapper's forward nothing is averaged
+            model.module(batches(1)[0]).sum().backward()
+        assert model.module.convs[0].parametrizations.weight.original.grad is not None
+    finally:
+        distributed.destroy_process_group()
