@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.nets import NETS, batches, settled
+from benchmarks.nets import NETS, SIDES, batches, settled
 from benchmarks.timing import by_turns, medians, spread, write_json
 
 #: what stands for each width: LSQ's uniform grid down to 2 bits, BiTAT's -1 and +1 at one bit
@@ -115,9 +115,9 @@ class Deployed:
 def candidates(net: str, folder: Path, size: int | None) -> dict[str, Deployed]:
     """Every model of the comparison, exported into ``folder`` and compiled."""
     torch.manual_seed(0)
-    build, side = NETS[net]
-    images = torch.rand(8, 3, size or side, size or side)
-    model = settled(build(), images)
+    side = size or SIDES[net]
+    images = torch.rand(8, 3, side, side)
+    model = settled(NETS[net](), images)
     plans: dict[str, tuple[Any, dict[str, str]]] = {
         "float": (lambda p: export_float(model, images, p), {}),
         "float, f32": (lambda p: export_float(model, images, p), {"INFERENCE_PRECISION_HINT": "f32"}),
@@ -163,7 +163,7 @@ def table(net: str, rows: list[dict[str, Any]]) -> str:
     lines = [
         f"### {net}",
         "",
-        "| model | one image: times faster than float | than NNCF's 4 bits | throughput over float | .bin, kB | kernels |",
+        "| model | one image: times as fast as float | than NNCF's 4 bits | throughput over float | kB | kernels |",
         "|---|---|---|---|---|---|",
     ]
     for r in rows:

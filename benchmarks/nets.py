@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fat_plugins.recipes.nets_cifar import BasicBlock, InvertedResidual
+from fat_plugins.recipes.nets_cifar import BasicBlock, InvertedResidual, MobileNetV2
 
 
 def _stem(outputs: int, kernel: int, activation: nn.Module) -> list[nn.Module]:
@@ -44,16 +44,8 @@ def resnet18(classes: int = 1000) -> nn.Module:
 def mobilenet_v2(classes: int = 1000) -> nn.Module:
     """3.5 million parameters, 0.3 G multiplications at 224 x 224; most layers depthwise or 1x1."""
     layers, inputs = _stem(32, 3, nn.ReLU6()), 32
-    stages = (
-        (1, 16, 1, 1),
-        (6, 24, 2, 2),
-        (6, 32, 3, 2),
-        (6, 64, 4, 2),
-        (6, 96, 3, 1),
-        (6, 160, 3, 2),
-        (6, 320, 1, 1),
-    )
-    for expand, outputs, count, stride in stages:
+    strides = (1, 2, 2, 2, 1, 2, 1)  # those of the CIFAR network are for small images
+    for (expand, outputs, count, _), stride in zip(MobileNetV2.STAGES, strides, strict=True):
         for i in range(count):
             layers.append(InvertedResidual(inputs, outputs, 1 if i else stride, expand))
             inputs = outputs
@@ -70,12 +62,13 @@ def small_cnn(classes: int = 10, width: int = 64, depth: int = 10) -> nn.Module:
     return _Classifier(layers, width, classes)
 
 
-#: builder and side of the images, by name
-NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "resnet18": (resnet18, 224),
-    "mobilenet_v2": (mobilenet_v2, 224),
-    "small_cnn": (small_cnn, 56),
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "resnet18": resnet18,
+    "mobilenet_v2": mobilenet_v2,
+    "small_cnn": small_cnn,
 }
+#: sides of the images that they are deployed for
+SIDES = {"resnet18": 224, "mobilenet_v2": 224, "small_cnn": 56}
 
 
 def settled(model: nn.Module, images: Tensor, passes: int = 3) -> nn.Module:
