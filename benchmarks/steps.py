@@ -9,11 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.nets import NETS
 from benchmarks.step_hosts import HOSTS, Candidate, make
+from benchmarks.timing import by_turns, medians
 
 _ROOT = Path(__file__).parents[1]
 #: batch and side of the images
@@ -78,21 +77,17 @@ class Run:
         return total
 
 
-def _timed(runs: dict[str, Callable[[], None]], repeats: int, cuda: bool) -> dict[str, float]:
-    """Median seconds, the runs taking turns; each turn begins with another one."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    for turn in range(repeats + 1):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            if cuda:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            runs[name]()
-            if cuda:
-                torch.cuda.synchronize()
-            if turn:  # the first one warms up
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+def _medians(runs: dict[str, Callable[[], None]], repeats: int, cuda: bool) -> dict[str, float]:
+    """Median seconds, the runs taking turns."""
+
+    def finished(run: Callable[[], None]) -> Callable[[], None]:
+        def both() -> None:
+            run()
+            torch.cuda.synchronize()
+
+        return both
+
+    return medians(by_turns({n: finished(r) if cuda else r for n, r in runs.items()}, repeats, warm_up=1))
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
@@ -119,11 +114,11 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
             continue
         runs[name] = run
     cuda = job["device"] == "cuda"
-    steps = _timed({name: run.step for name, run in runs.items()}, job["repeats"], cuda)
+    steps = _medians({name: run.step for name, run in runs.items()}, job["repeats"], cuda)
     memory = {name: run.memory() for name, run in runs.items()}
     for run in runs.values():
         run.model.eval()
-    evaluations = _timed({name: run.evaluate for name, run in runs.items()}, job["repeats"], cuda)
+    evaluations = _medians({name: run.evaluate for name, run in runs.items()}, job["repeats"], cuda)
     for name in runs:
         found["rows"][name] = {"step_s": steps[name], "eval_s": evaluations[name], "bytes": memory[name]}
     return found
@@ -184,7 +179,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=__doc__)
-    parser.add_argument("--nets", nargs="+", choices=list(NETS), default=list(NETS))
+    parser.add_argument("--nets", nargs="+", choices=list(NETS), default=["resnet18", "mobilenet_v2"])
     parser.add_argument("--hosts", nargs="+", choices=list(HOSTS), help="default: all that have an environment")
     parser.add_argument("--algorithms", nargs="+", help="default: every one of the registry")
     parser.add_argument("--bits", type=int, default=4)
