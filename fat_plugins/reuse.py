@@ -5,8 +5,9 @@ long as nothing it depends on has changed. That costs one more copy of the weigh
 ``eval()``: every call of these drops what was kept, as do loading, copying and moving to another device. Turn it off
 with :func:`set_weight_cache` or the environment variable ``FAT_PLUGINS_WEIGHT_CACHE=0``.
 
-A change is noticed by the version that torch counts for every tensor. Changes through ``.data`` do not count there: on
-a CPU some samples of the weight are compared too, elsewhere call ``model.eval()`` again after such a change.
+A change is noticed by the version that torch counts for every tensor. Changes through ``.data`` do not count there, so
+that on a CPU the sum of the weight and some samples are compared too. Elsewhere that would wait for the device: nothing
+is kept there unless :func:`set_weight_cache` says so, and then call ``model.eval()`` again after such a change.
 
 Training: see :func:`accumulate`.
 """
@@ -30,18 +31,23 @@ if TYPE_CHECKING:
 
 _SAMPLES = 8
 _SCALARS = (bool, int, float, str, type(None))
-_caching = os.environ.get("FAT_PLUGINS_WEIGHT_CACHE", "1") != "0"
+#: None: on a CPU
+_caching: bool | None = {"0": False, "1": True}.get(os.environ.get("FAT_PLUGINS_WEIGHT_CACHE", ""))
 
 
-def set_weight_cache(on: bool) -> None:
-    """Whether quantized weights are kept between the batches of an evaluation (default: yes)."""
+def set_weight_cache(on: bool | None) -> None:
+    """Whether quantized weights are kept between the batches of an evaluation (default ``None``: on a CPU)."""
     global _caching
-    _caching = bool(on)
+    _caching = on if on is None else bool(on)
 
 
-def get_weight_cache() -> bool:
-    """Whether quantized weights are kept between the batches of an evaluation."""
+def get_weight_cache() -> bool | None:
+    """Whether quantized weights are kept between the batches of an evaluation; ``None``: on a CPU."""
     return _caching
+
+
+def _kept_on(device: torch.device) -> bool:
+    return device.type == "cpu" if _caching is None else _caching
 
 
 def _recorded() -> bool:
@@ -86,13 +92,14 @@ def _state(module: nn.Module) -> Iterator[Any]:
 
 
 def _samples(weight: Tensor) -> list[float]:
-    """A few of the numbers in memory. Not from a device, which would have to be waited for."""
-    count = weight.numel()
-    dense = sum((n - 1) * step for n, step in zip(weight.shape, weight.stride(), strict=True)) + 1 == count
-    if weight.device.type != "cpu" or not dense:
+    """The sum and a few of the numbers in memory. Not from a device, which would have to be waited for."""
+    if weight.device.type != "cpu":
         return []
+    weight, count = weight.detach(), weight.numel()
+    found = [float(weight.sum())]
+    dense = sum((n - 1) * step for n, step in zip(weight.shape, weight.stride(), strict=True)) + 1 == count
     some = min(count, _SAMPLES)
-    return torch.as_strided(weight.detach(), (some,), (count // some,)).tolist()
+    return found + torch.as_strided(weight, (some,), (count // some,)).tolist() if dense else found
 
 
 def _key(quantizer: nn.Module, weight: Tensor) -> tuple[Any, ...]:
@@ -128,7 +135,7 @@ class Kept:
 
     def get(self, compute: Callable[[Tensor], Tensor], quantizer: nn.Module, weight: Tensor) -> Tensor:
         """``compute(weight)``, as it was kept or computed now. To be called in evaluation without gradient only."""
-        source = _source(weight) if _caching and not _recorded() else None
+        source = _source(weight) if _kept_on(weight.device) and not _recorded() else None
         if source is None:
             self._entry = None
             return compute(weight)

@@ -79,6 +79,7 @@ def _to_half(quantizer, weight):
 CHANGES = {
     "weight": lambda q, w: w.mul_(2),
     "weight, without a version": lambda q, w: w.data.mul_(2),
+    "one weight, without a version": lambda q, w: w.data.view(-1)[1].add_(1),
     "one weight": lambda q, w: w.view(-1)[1].add_(1),
     "memory of one weight": _unseen,
     "weight's memory": lambda q, w: setattr(w, "data", w.data * 2),
@@ -200,7 +201,7 @@ def _pickled(module) -> int:
 def test_switch():
     quantizer, weight = make()
     quantizer.eval()
-    assert get_weight_cache()
+    assert get_weight_cache() is None
     evaluated(quantizer, weight)
     set_weight_cache(False)
     try:
@@ -208,7 +209,7 @@ def test_switch():
         evaluated(quantizer, weight)
         assert len(quantizer.calls) == 3 and quantizer._kept._entry is None
     finally:
-        set_weight_cache(True)
+        set_weight_cache(None)
 
 
 def test_a_trace_sees_the_quantizer():
