@@ -29,7 +29,7 @@ from fat_plugins.algorithms._rq import (
 )
 from fat_plugins.errors import ConfigError
 from fat_plugins.figures import Figure
-from fat_plugins.functional import fused, uniform_codes, wide
+from fat_plugins.functional import uniform_codes, wide
 from fat_plugins.quantizer import Coordinator, LayerQuantizers, Params, Progress, TensorSpec
 from fat_plugins.registry import Algorithm
 
@@ -320,7 +320,7 @@ class _Categorical(torch.autograd.Function):
             by_x, by_alpha, by_sigma = _ste(g, x, uniform_codes(x, alpha, low, high), alpha, low, high)
         else:
             rule = _full if plan.estimator == "full" else _imax
-            by_x, by_alpha, by_sigma = fused(rule, x)(g, x, alpha, rho, low, high, plan.truncated)
+            by_x, by_alpha, by_sigma = rule(g, x, alpha, rho, low, high, plan.truncated)
         # the factor first: the sum over a huge tensor must not overflow
         scale = alpha * plan.factor
         by_alpha, by_sigma = (by_alpha * scale).sum().reshape(1), (by_sigma * scale).sum().reshape(1)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fat_plugins.errors import ConfigError
 from fat_plugins.figures import Figure
 from fat_plugins.forms import Codebook, Form, Staircase, UniformGrid
-from fat_plugins.functional import fused, level_index, positive, uniform_codes, wide
+from fat_plugins.functional import level_index, positive, uniform_codes, wide
 from fat_plugins.quantizer import ActivationQuantizer, FrozenTensor, Params, Progress, TensorSpec, WeightQuantizer
 from fat_plugins.registry import Algorithm
 
@@ -226,7 +226,7 @@ def _soft_backward(
 
 
 def _run(fn: Callable, x: Tensor, steps: tuple[int, ...]) -> Callable:
-    return fused(fn, x) if len(steps) <= _UNROLLED else fn
+    return fn
 
 
 class _SoftStaircase(torch.autograd.Function):
