@@ -143,20 +143,28 @@ def _index(r: Tensor, thresholds: Tensor, axis: int = 1) -> Tensor:
     return torch.bucketize(r.contiguous(), thresholds.to(r.dtype))
 
 
-def _nearest(r: Tensor, levels: Tensor, thresholds: Tensor) -> Tensor:
-    """The level of every ``r``, in its dtype. NaN stays NaN.
+def staircase(r: Tensor, thresholds: Tensor, steps: Tensor | None = None) -> Tensor:
+    """Sum of the ``steps`` (1 each without them) whose thresholds are strictly below ``r``, in the dtype of ``r``.
 
-    In a chain of comparisons where that is faster than a search in the thresholds: it is exact, since all partial sums
-    are levels.
+    NaN stays NaN. By comparisons where that is faster than a search; exact where all partial sums are.
+
+    :param thresholds, steps: 1-d, ascending thresholds.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not r.is_cpu or len(thresholds) > _MOST_COMPARED:
-        found = levels[_index(r, thresholds)].to(r.dtype)
-        return torch.where(torch.isnan(r), r, found)
-    value = r.clamp(-1, 1).mul_(0).add_(levels[0])
-    above = torch.empty_like(r)
-    for threshold, step in zip(thresholds.to(r.dtype), levels.diff().to(r.dtype), strict=True):
-        value.add_(torch.gt(r, threshold, out=above).mul_(step))
+    compared = len(thresholds) <= _MOST_COMPARED and (r.is_cpu or torch.compiler.is_compiling())
+    if torch.jit.is_tracing() or not compared:
+        index = _index(r, thresholds)
+        found = index if steps is None else torch.cat([steps.new_zeros(1), steps.cumsum(0)])[index]
+        return torch.where(torch.isnan(r), r, found.to(r.dtype))
+    value = r.clamp(-1, 1).mul_(0)
+    for i, threshold in enumerate(thresholds.to(r.dtype).unbind()):
+        above = torch.gt(r, threshold, out=torch.empty_like(r))
+        value.add_(above if steps is None else above.mul_(steps[i].to(r.dtype)))
     return value
+
+
+def _nearest(r: Tensor, levels: Tensor, thresholds: Tensor) -> Tensor:
+    """The level of every ``r``, in its dtype. The partial sums are levels, hence exact."""
+    return staircase(r, thresholds, levels.diff()).add_(levels[0])
 
 
 def _levels_forward(out, x: Tensor, scale: Tensor, levels: Tensor, thresholds: Tensor):

@@ -73,7 +73,13 @@ def total(terms: Tensor, scale: Tensor) -> Tensor:
 
 
 def evaluate(
-    fn: Kernel, tensors: Sequence[Tensor], scales: Sequence[Tensor] = (), args: tuple = (), *, values: bool = True
+    fn: Kernel,
+    tensors: Sequence[Tensor],
+    scales: Sequence[Tensor] = (),
+    args: tuple = (),
+    *,
+    values: bool = True,
+    block: int | None = None,
 ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
     """``fn(out, *tensors, *scales, *args)`` for whole tensors, the way that the backend in force wants it.
 
@@ -85,28 +91,30 @@ def evaluate(
     :param scales: with one element each, or all others of one shape that has one element per channel along one axis.
     :param args: anything else; passed on as it is.
     :param values: whether the function gives values, not only sums.
+    :param block: elements of a block on CPU, whatever backend and threads say, and no compilation: for functions that
+        draw random numbers, block by block.
     :return: the values (or ``None``) and the sums, those of the shape of the scales flattened.
     """
     x = tensors[0]
-    how = _way(x)
+    how = _way(x, block)
     if how is not None and (place := _Place.of(tensors, scales)) is not None:
         if how == "blocks":
-            return _in_blocks(fn, tensors, scales, args, values, place)
+            return _in_blocks(fn, tensors, scales, args, values, place, block or _block_size())
         if (found := _fused(fn, tensors, scales, args, place)) is not None:
             return found
     out, sums = fn(None, *tensors, *scales, *args)
     return out if out is None else out.to(x.dtype), sums
 
 
-def _way(x: Tensor) -> str | None:
+def _way(x: Tensor, block: int | None) -> str | None:
     """``"blocks"``, ``"compile"`` or ``None`` for a plain call."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or _transforms_active():
         return None
     if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
         return None
-    if not _broken and (_backend == "compile" or (_backend == "auto" and x.is_cuda)):
+    if block is None and not _broken and (_backend == "compile" or (_backend == "auto" and x.is_cuda)):
         return "compile" if x.numel() else None
-    return "blocks" if x.device.type == "cpu" and x.numel() > _block_size() > 0 else None
+    return "blocks" if x.device.type == "cpu" and x.numel() > (block or _block_size()) > 0 else None
 
 
 def _block_size() -> int:
@@ -181,13 +189,13 @@ def _blocks(shape: Sequence[int], size: int) -> Iterator[tuple[tuple[int | slice
             yield from (((i, *index), those) for index, those in _blocks(shape[1:], size))
 
 
-def _in_blocks(fn: Kernel, tensors, scales, args, values: bool, place: _Place):
+def _in_blocks(fn: Kernel, tensors, scales, args, values: bool, place: _Place, size: int):
     x = tensors[0]
     seen, rows = [place.view(t) for t in tensors], place.scales(scales)
     out = place.view(torch.empty_like(x)) if values else None
     direct = wide(x[:0]).dtype == x.dtype
     sums: list[Tensor] = []
-    for index, those in _blocks(place.shape, _block_size()):
+    for index, those in _blocks(place.shape, size):
         here = rows if those is None else [r[those] if r.ndim else r for r in rows]
         slot = out[index] if values else None
         found, terms = fn(slot if direct else None, *(t[index] for t in seen), *here, *args)
@@ -207,7 +215,7 @@ def _in_blocks(fn: Kernel, tensors, scales, args, values: bool, place: _Place):
 def _static(arg: Any) -> Any:
     """What of an argument the compiler builds in: torch takes 0 and 1 for constants, other integers for variables."""
     if isinstance(arg, Tensor):
-        return arg.ndim, arg.dtype
+        return tuple(arg.shape), arg.dtype
     return arg if isinstance(arg, (bool, str, tuple, type(None))) or arg in (0, 1) else type(arg)
 
 
@@ -215,7 +223,8 @@ def _fused(fn: Kernel, tensors, scales, args, place: _Place):
     """The same in one kernel; ``None`` where it cannot be built."""
     global _broken
     seen, rows = [place.view(t) for t in tensors], place.scales(scales)
-    key = (fn, len(place.shape), *((_static(a)) for a in (*seen, *rows, *args)))
+    kinds = ((t.ndim, t.dtype) for t in (*seen, *rows))
+    key = (fn, *kinds, *(_static(a) for a in args))
     if key not in _compiled:
         # dynamo counts recompilations by code object, and gives up after a few: one for every key
         code = fn.__code__.replace(co_name=f"{fn.__name__}_{len(_compiled)}")
