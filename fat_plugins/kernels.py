@@ -189,6 +189,17 @@ def _blocks(shape: Sequence[int], size: int) -> Iterator[tuple[tuple[int | slice
             yield from (((i, *index), those) for index, those in _blocks(shape[1:], size))
 
 
+def row_blocks(x: Tensor) -> list[slice]:
+    """Rows of a matrix to take at a time, for loops that :func:`evaluate` does not fit; all of them where it would not
+    take blocks either."""
+    rows = len(x)
+    size = _block_size()
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or torch.jit.is_tracing() or not 0 < size < x.numel():
+        return [slice(0, rows)]
+    step = max(size // x.shape[1], 1)
+    return [slice(i, i + step) for i in range(0, rows, step)]
+
+
 def _in_blocks(fn: Kernel, tensors, scales, args, values: bool, place: _Place, size: int):
     x = tensors[0]
     seen, rows = [place.view(t) for t in tensors], place.scales(scales)
