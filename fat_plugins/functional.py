@@ -341,6 +341,38 @@ def standardize(weight: Tensor, scale: bool = True) -> tuple[Tensor, Tensor]:
     return (weight / unit - mean) / std, std * unit
 
 
+class _Gate(torch.autograd.Function):
+    """Keeps the half spectrum and the gate; the backward goes through half spectra as well (torch's own, of a real
+    transform, goes through full complex ones)."""
+
+    @staticmethod
+    def forward(ctx, rows, transform):
+        spectrum = torch.fft.rfft(rows, dim=1)
+        gate = (transform @ spectrum.abs()).sigmoid_()
+        ctx.save_for_backward(spectrum, transform, gate)
+        ctx.count = rows.shape[1]
+        return torch.fft.irfft(spectrum * gate, n=ctx.count, dim=1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        spectrum, transform, gate = ctx.saved_tensors
+        n = ctx.count
+        with torch.autocast(grad.device.type, enabled=False):
+            wave = torch.fft.rfft(grad, dim=1)
+            # every frequency but the first, and the last of an even length, stands for two of the full spectrum
+            twice = torch.full_like(gate[0], 2.0)
+            twice[:1].fill_(1.0)
+            if n % 2 == 0:
+                twice[-1:].fill_(1.0)
+            by_gate = torch.view_as_real(spectrum).mul(torch.view_as_real(wave)).sum(-1).mul_(twice / n)
+            by_mixed = by_gate.mul_(gate).mul_(1 - gate)
+            by_transform = by_mixed @ spectrum.abs().T if ctx.needs_input_grad[1] else None
+            by_magnitude = (transform.T @ by_mixed).mul_(n / twice)
+            by_rows = torch.fft.irfft(wave.mul_(gate).add_(torch.sgn(spectrum).mul_(by_magnitude)), n=n, dim=1)
+        return by_rows, by_transform
+
+
 def dft_gate(rows: Tensor, transform: Tensor) -> Tensor:
     """FAT's frequency gate, spec section 3 steps 3 to 8: ``Re IDFT(sigmoid(T |F|) * F)``, ``F = DFT(rows)``.
 
@@ -349,6 +381,4 @@ def dft_gate(rows: Tensor, transform: Tensor) -> Tensor:
     :param rows: C x N, one standardised filter per row.
     :param transform: C x C matrix ``T`` that mixes output channels at every frequency.
     """
-    spectrum = torch.fft.rfft(rows, dim=1)
-    gate = torch.sigmoid(transform @ spectrum.abs())
-    return torch.fft.irfft(spectrum * gate, n=rows.shape[1], dim=1)
+    return _Gate.apply(rows, transform)

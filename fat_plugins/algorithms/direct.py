@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fat_plugins.algorithms._direct_fit import (
     LEVEL_FLOOR,
     UNIT_ERROR,
+    Tally,
     basis_codes,
     channel_tally,
     fit_step,
@@ -414,7 +415,7 @@ class DirectActivation(ActivationQuantizer):
     def _fitted(self, sample: Tensor, basis: Tensor, energy: Tensor) -> Tensor:
         """One weighted least-squares step (section 5.2) from ``basis``."""
         values, codes = sorted_levels(self._codes.to(basis.dtype), basis)
-        tally = channel_tally(sample, midpoints(values))
+        tally = channel_tally(sample, midpoints(values), 0)
         return fit_step(tally, values, codes, basis, energy, self.params.channel_weight, self.params.channel_cap)
 
     def _follow(self, x: Tensor) -> None:
@@ -424,8 +425,8 @@ class DirectActivation(ActivationQuantizer):
         with torch.autocast(x.device.type, enabled=False):
             basis = wide(self.basis)
             values, codes = sorted_levels(self._codes.to(basis.dtype), basis)
-            tally = channel_tally(self._by_channel(x).to(basis.dtype), midpoints(values))
-            tally = tally.over_processes()
+            tally = channel_tally(x, midpoints(values), self.spec.channel_axis).over_processes()
+            tally = Tally(*(part.to(basis.dtype) for part in tally))
             energy = self._energy_with(tally.mean_square)
             new = fit_step(tally, values, codes, basis, energy, self.params.channel_weight, self.params.channel_cap)
             self.basis.copy_(_MEMORY * basis + (1 - _MEMORY) * new)

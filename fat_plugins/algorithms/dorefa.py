@@ -54,7 +54,7 @@ class _OddGrid(torch.autograd.Function):
         n, restore = ctx.args
         floored = largest.clamp_min(_FLOOR)
         scale = _scale_of(floored, n, restore)
-        by_scale, by_x, count = evaluate(_odd_sums, (grad, t), (floored,), (n,), values=False)[1]
+        by_scale, by_x, count = evaluate(_odd_sums, (grad, t), (floored, largest), (n,), values=False)[1]
         by_largest = by_x * (-scale * n / floored)
         if restore:
             by_largest = by_largest + by_scale / n
@@ -71,9 +71,9 @@ def _odd_grid(out, t: Tensor, largest: Tensor, scale: Tensor, n: int):
     return torch.mul(_odd_integers(t / largest, n), scale, out=out), ()
 
 
-def _odd_sums(out, grad: Tensor, t: Tensor, largest: Tensor, n: int):
+def _odd_sums(out, grad: Tensor, t: Tensor, floored: Tensor, largest: Tensor, n: int):
     """Sums of ``G`` times the integers, of ``G x``, and how many elements reach the maximum."""
-    x = t / largest
+    x = t / floored
     at_top = t.abs().eq_(largest)
     by_x = (x * grad).sum()
     return None, (_odd_integers(x, n).mul_(grad).sum(), by_x, at_top.sum())
