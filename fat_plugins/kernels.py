@@ -62,9 +62,13 @@ def get_backend() -> str:
 set_backend(os.environ.get("FAT_PLUGINS_BACKEND", "auto"))
 
 
+def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
 def wide(x: Tensor) -> Tensor:
     """Half precisions are computed in float32 (codes of a bf16 tensor would otherwise be rounded twice)."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.to(_wide_dtype(x.dtype))
 
 
 def total(terms: Tensor, scale: Tensor) -> Tensor:
@@ -141,7 +145,7 @@ class _Place:
             order = sorted(order, key=lambda d: (-x.stride(d), d))
             if not x.permute(order).is_contiguous():
                 return None
-        if any(t.shape != x.shape for t in tensors) or any(s.dtype != wide(x[:0]).dtype for s in scales):
+        if any(t.shape != x.shape for t in tensors) or any(s.dtype != _wide_dtype(x.dtype) for s in scales):
             return None
         sizes = [x.shape[d] for d in order]
         rows = {s.shape for s in scales if s.numel() != 1}
@@ -157,11 +161,11 @@ class _Place:
 
     def view(self, x: Tensor) -> Tensor:
         """The tensor in the shape of this place, a copy where it lies otherwise."""
-        return x.detach().permute(*self.order).reshape(self.shape)
+        return x.detach().permute(list(self.order)).reshape(self.shape)
 
     def restore(self, values: Tensor) -> Tensor:
         """Inverse of :meth:`view`."""
-        return values.reshape(self.sizes).permute(*self.back)
+        return values.reshape(self.sizes).permute(self.back)
 
     def scales(self, scales: Sequence[Tensor]) -> list[Tensor]:
         """The scales so that they broadcast."""
@@ -204,7 +208,7 @@ def _in_blocks(fn: Kernel, tensors, scales, args, values: bool, place: _Place, s
     x = tensors[0]
     seen, rows = [place.view(t) for t in tensors], place.scales(scales)
     out = place.view(torch.empty_like(x)) if values else None
-    direct = wide(x[:0]).dtype == x.dtype
+    direct = _wide_dtype(x.dtype) == x.dtype
     sums: list[Tensor] = []
     for index, those in _blocks(place.shape, size):
         here = rows if those is None else [r[those] if r.ndim else r for r in rows]
