@@ -13,6 +13,7 @@ import os
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,6 +61,19 @@ def get_backend() -> str:
 
 
 set_backend(os.environ.get("FAT_PLUGINS_BACKEND", "auto"))
+
+
+@contextmanager
+def using_backend(name: str | None) -> Iterator[None]:
+    """Another backend for a while; ``None`` changes nothing. Compiler and block stay as they are."""
+    before = _backend
+    if name is not None:
+        set_backend(name, _compiler, _block)
+    try:
+        yield
+    finally:
+        if name is not None:
+            set_backend(before, _compiler, _block)
 
 
 def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -238,6 +252,7 @@ def _fused(fn: Kernel, tensors, scales, args, place: _Place):
     """The same in one kernel; ``None`` where it cannot be built."""
     global _broken
     seen, rows = [place.view(t) for t in tensors], place.scales(scales)
+    args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
     kinds = ((t.ndim, t.dtype) for t in (*seen, *rows))
     key = (fn, *kinds, *(_static(a) for a in args))
     if key not in _compiled:

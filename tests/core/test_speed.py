@@ -198,14 +198,14 @@ def test_blocks_change_no_number(case, dtype):
 
 
 def same(expected, actual, tolerance):
-    """Values and gradients of the tensor elementwise, gradients of parameters with the rounding of their sums."""
+    """Values and gradients of the tensor elementwise; gradients of parameters are sums, whose terms may cancel."""
     for name in ("out", "dx"):
         size = float(expected[name].abs().max())
         torch.testing.assert_close(actual[name], expected[name], rtol=tolerance, atol=tolerance * size, msg=name)
     for name, gradient in expected["params"].items():
         size = float(gradient.abs().max())
         torch.testing.assert_close(
-            actual["params"][name], gradient, rtol=tolerance, atol=10 * tolerance * size, msg=name
+            actual["params"][name], gradient, rtol=tolerance, atol=100 * tolerance * size, msg=name
         )
 
 
@@ -255,6 +255,7 @@ def test_kernels_stay_out_of_the_compilation_of_others(algorithm):
     set_backend("compile", "eager")
     case = next(c for c in cases("activation", bits=(3,)) if c.algorithm == algorithm)
     quantizer, x = trained(case)
+    kernels._compiled.clear()  # of the calibration
     torch.compile(quantizer, backend="eager")(x.clone().requires_grad_())
     assert not kernels._compiled
 
