@@ -11,19 +11,23 @@ import torch
 Step = Callable[[], None]
 
 
-def medians(steps: dict[str, Step], repeats: int, device: str) -> dict[str, float]:
-    """Median seconds of every step, the candidates taking turns; two warm-up turns."""
+def medians(steps: dict[str, Step], repeats: int, device: str, busy: bool = False) -> dict[str, float]:
+    """Median seconds of every step, the candidates taking turns; two warm-up turns.
+
+    :param busy: processor time instead of the wall clock, where other programs want the machine too.
+    """
+    clock = time.process_time if busy else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + 2):
         for name, step in steps.items():
             if device == "cuda":
                 torch.cuda.synchronize()
-            start = time.perf_counter()
+            start = clock()
             step()
             if device == "cuda":
                 torch.cuda.synchronize()
             if turn >= 2:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -26,6 +26,7 @@ from fat_plugins.algorithms._rq import (
     grid_mass,
     position,
     probability,
+    raw_of,
 )
 from fat_plugins.errors import ConfigError
 from fat_plugins.figures import Figure
@@ -289,12 +290,14 @@ def _general(
         by = (value * slopes[0], gk + value * slopes[1], value * slopes[2])
     by_mask = []
     factor = g / grid.value / mass if renormalised else g / grid.value
+    centre = kept * expected if renormalised else None
     for point in range(low, high + 1):
         if gates == "raw" and not full:
             by_mask.append((through_gate * (k == point)).sum())
             continue
-        raw = cell(r, rho, point)[0]
-        by_mask.append((factor * raw * ((point - kept * expected) if renormalised else point)).sum())
+        raw = raw_of(r, rho, point)
+        away = point - centre if renormalised else point
+        by_mask.append(raw.mul_(factor).mul_(away).sum())
     return *by, torch.stack(by_mask)
 
 
