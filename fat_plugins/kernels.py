@@ -128,7 +128,7 @@ def _way(x: Tensor, block: int | None) -> str | None:
     """``"blocks"``, ``"compile"`` or ``None`` for a plain call."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or _transforms_active():
         return None
-    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+    if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # fake, distributed or otherwise special
         return None
     if block is None and not _broken and (_backend == "compile" or (_backend == "auto" and x.is_cuda)):
         return "compile" if x.numel() else None

@@ -41,6 +41,9 @@ _DROPPED = 0.34  # a level with a higher P(Z = 0) is not used, section 4.3
 _LEAST_BITS = 2
 _LEAST_MASS = 1e-6  # of the points that a mask leaves, section 10.4
 
+#: points that the compiler may unroll; elements of a block of the kernels that it does not see
+_UNROLLED, _BLOCK = 63, 2**16
+
 Estimator = Literal["imax", "full", "ste"]
 
 
@@ -348,8 +351,11 @@ class _Categorical(torch.autograd.Function):
         x, alpha, rho, mask, steps = ctx.saved_tensors
         plan: _Plan = ctx.plan
         used = mask if plan.gates is not None else None
+        # two unrolled loops, or one over many points, are not worth the compiler's time
+        loops = plan.gates is not None or (plan.estimator == "full" and plan.high - plan.low > _UNROLLED)
+        args = (alpha * plan.factor, used, steps, *plan[:-1])
         by_x, (by_alpha, by_sigma, *more) = evaluate(
-            _slopes, (grad, x), (alpha, rho), (alpha * plan.factor, used, steps, *plan[:-1])
+            _slopes, (grad, x), (alpha, rho), args, block=_BLOCK if loops else None
         )
         by_mask = None
         if mask is not None:
