@@ -211,10 +211,10 @@ def row_blocks(x: Tensor) -> list[slice]:
     """Rows of a matrix to take at a time, for loops that :func:`evaluate` does not fit; all of them where it would not
     take blocks either."""
     rows = len(x)
-    size = _block_size()
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or torch.jit.is_tracing() or not 0 < size < x.numel():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != "cpu":
         return [slice(0, rows)]
-    step = max(size // x.shape[1], 1)
+    size = _block_size() or x.numel()
+    step = max(size // max(x.shape[1], 1), 1)
     return [slice(i, i + step) for i in range(0, rows, step)]
 
 
