@@ -4,8 +4,8 @@ import fat_plugins.algorithms  # before the function of that name, which a later
 from fat_plugins.config import CompressionConfig
 from fat_plugins.errors import CheckpointError, ConfigError, ExportError, FatPluginsError, HostError, QuantizationError
 from fat_plugins.figures import Figure
-from fat_plugins.functional import get_backend, set_backend
 from fat_plugins.inspect import compare, summary
+from fat_plugins.kernels import get_backend, set_backend
 from fat_plugins.norms import reestimate_batch_norms
 from fat_plugins.quantizer import (
     ActivationQuantizer,

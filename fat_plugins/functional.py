@@ -1,65 +1,16 @@
 """Pure tensor functions shared by the algorithms. No state, no host, no synchronisation with the device.
 
 The two fake-quantization functions are single ``autograd.Function`` nodes with hand-derived backwards that keep only
-the input and the scale (the codes are recomputed). Their elementwise bodies are plain functions, so the same code runs
-eagerly or fused by ``torch.compile`` (see :func:`set_backend`).
+the input and the scale (the codes are recomputed). Their elementwise bodies are kernels of
+:mod:`fat_plugins.kernels`, which runs them in blocks, fused by ``torch.compile`` or as they are.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from fat_plugins.errors import ConfigError, unknown
-
-_BACKENDS = ("auto", "eager", "compile")
-_compiler = "inductor"
-_compiled: dict[Callable, Callable] = {}
-
-
-def set_backend(name: str, compiler: str = "inductor") -> None:
-    """Choose how elementwise kernels run: ``"eager"``, ``"compile"`` or ``"auto"`` (compile on CUDA only).
-
-    :param compiler: the backend that ``torch.compile`` uses, for machines on which its default cannot build code.
-    :raises ConfigError: unknown name.
-    """
-    global _backend, _compiler
-    if name not in _BACKENDS:
-        raise ConfigError(unknown("backend", name, _BACKENDS))
-    if compiler != _compiler:
-        _compiled.clear()
-    _backend, _compiler = name, compiler
-
-
-def get_backend() -> str:
-    """The backend in force (also settable by the environment variable ``FAT_PLUGINS_BACKEND``)."""
-    return _backend
-
-
-set_backend(os.environ.get("FAT_PLUGINS_BACKEND", "auto"))
-
-
-def _dispatch(fn: Callable, x: Tensor) -> Callable:
-    if _backend == "eager" or (_backend == "auto" and not x.is_cuda) or torch.jit.is_tracing():
-        return fn
-    if torch.compiler.is_compiling():  # already being fused by the caller's own torch.compile
-        return fn
-    if fn not in _compiled:
-        _compiled[fn] = torch.compile(fn, dynamic=True, backend=_compiler)
-    return _compiled[fn]
-
-
-def fused(fn: Callable, x: Tensor) -> Callable:
-    """``fn``, an elementwise function of tensors, as the backend in force runs it on tensors like ``x``."""
-    return _dispatch(fn, x)
-
-
-def wide(x: Tensor) -> Tensor:
-    """Half precisions are computed in float32 (codes of a bf16 tensor would otherwise be rounded twice)."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+from fat_plugins.kernels import evaluate, get_backend, set_backend, total, wide  # noqa: F401 (their old home)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -73,56 +24,76 @@ def uniform_codes(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     return torch.round((wide(x) / scale).clamp(low, high))
 
 
-def _fq_forward(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+def _fq_forward(out: Tensor | None, x: Tensor, scale: Tensor, low: int, high: int):
     if torch.jit.is_tracing():  # exporters read plain operations more surely than in-place ones
-        return (uniform_codes(x, scale, low, high) * scale).to(x.dtype)
-    return torch.div(wide(x), scale).clamp_(low, high).round_().mul_(scale).to(x.dtype)
+        return uniform_codes(x, scale, low, high) * scale, ()
+    return torch.div(wide(x), scale, out=out).clamp_(low, high).round_().mul_(scale), ()
 
 
-def _band(r: Tensor, clipped: Tensor, low: int, high: int, inclusive: bool) -> Tensor:
-    """1.0 inside the clip band, 0.0 outside. A factor: on CPU torch.where costs several times a multiplication."""
-    inside = (r == clipped) if inclusive else ((r > low) & (r < high))
-    return inside.to(r.dtype)
+def _inside_(r: Tensor, clipped: Tensor, low: int, high: int, inclusive: bool) -> Tensor:
+    """1.0 inside the clip band, 0.0 outside, in place of ``r``. A factor: on CPU whatever is boolean costs several
+    times a multiplication."""
+    if inclusive:
+        return r.eq_(clipped)
+    above = r.clone().gt_(low)
+    return r.lt_(high).mul_(above)
 
 
-def _fq_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, low: int, high: int, clip_x: bool, residual: bool, inclusive: bool
-) -> tuple[Tensor, Tensor]:
-    g = wide(grad)
+def _fq_backward(out, grad: Tensor, x: Tensor, scale: Tensor, low: int, high: int, residual: bool, inclusive: bool):
+    """Gradient of ``x`` and sum for the scale."""
     r = torch.div(wide(x), scale)
     clipped = r.clamp(low, high)
-    band = _band(r, clipped, low, high, inclusive)
+    band = _inside_(r, clipped, low, high, inclusive)
+    g = wide(grad)
+    by_x = torch.mul(g, band, out=out)
     # inside the band clipped is r, outside it is a bound, which rounding leaves alone
-    grad_scale = (torch.round(clipped) if residual else clipped) - clipped * band
-    grad_x = (g * band).to(x.dtype) if clip_x else grad
-    return grad_x, grad_scale.mul_(g)
+    by_scale = torch.round(clipped) if residual else clipped.clone()
+    return by_x, (total(by_scale.addcmul_(clipped, band, value=-1).mul_(g), scale),)
 
 
-def _fq_backward_x(
-    grad: Tensor, x: Tensor, scale: Tensor, low: int, high: int, clip_x: bool, residual: bool, inclusive: bool
-) -> Tensor:
+def _fq_backward_x(out, grad: Tensor, x: Tensor, scale: Tensor, low: int, high: int, residual: bool, inclusive: bool):
     """The gradient of ``x`` alone, for scales that nothing learns."""
-    if not clip_x:
-        return grad
     r = torch.div(wide(x), scale)
-    return grad * _band(r, r.clamp(low, high), low, high, inclusive).to(grad.dtype)
+    band = _inside_(r, r.clamp(low, high) if inclusive else r, low, high, inclusive)
+    return torch.mul(wide(grad), band, out=out), ()
+
+
+def _fq_backward_scale(
+    out: None, grad: Tensor, x: Tensor, scale: Tensor, low: int, high: int, residual: bool, inclusive: bool
+):
+    """The sum for the scale alone."""
+    r = torch.div(wide(x), scale)
+    clipped = r.clamp(low, high)
+    band = _inside_(r, clipped, low, high, inclusive)
+    by_scale = torch.round(clipped) if residual else clipped.clone()
+    return None, (total(by_scale.addcmul_(clipped, band, value=-1).mul_(wide(grad)), scale),)
+
+
+def _straight(ctx, grad: Tensor, x: Tensor, scale: Tensor, kernels: tuple, args: tuple, clip_x: bool):
+    """Gradients of a fake quantization: ``kernels`` for both, for ``x`` alone and for the scale alone."""
+    both, x_only, scale_only = kernels
+    need_x, need_scale = ctx.needs_input_grad[:2]
+    kernel = x_only if not need_scale else both if need_x and clip_x else scale_only
+    by_x = grad if need_x else None
+    sums: tuple = ()
+    if need_scale or (need_x and clip_x):
+        by_x_found, sums = evaluate(kernel, (grad, x), (scale,), args, values=kernel is not scale_only)
+        by_x = by_x_found if need_x and clip_x else by_x
+    return by_x, sums[0].reshape(scale.shape).to(scale.dtype) if need_scale else None
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, low, high, clip_x, residual, inclusive):
         ctx.save_for_backward(x, scale)
-        ctx.args = (low, high, clip_x, residual, inclusive)
-        return _dispatch(_fq_forward, x)(x, scale, low, high)
+        ctx.args, ctx.clip_x = (low, high, residual, inclusive), clip_x
+        return evaluate(_fq_forward, (x,), (scale,), (low, high))[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, scale = ctx.saved_tensors
-        if not ctx.needs_input_grad[1]:
-            return _dispatch(_fq_backward_x, x)(grad, x, scale, *ctx.args), None, None, None, None, None, None
-        grad_x, grad_scale = _dispatch(_fq_backward, x)(grad, x, scale, *ctx.args)
-        return grad_x, grad_scale.sum_to_size(scale.shape).to(scale.dtype), None, None, None, None, None
+        kernels = _fq_backward, _fq_backward_x, _fq_backward_scale
+        return (*_straight(ctx, grad, *ctx.saved_tensors, kernels, ctx.args, ctx.clip_x), *(None,) * 5)
 
 
 def fake_quantize(
@@ -149,6 +120,10 @@ def fake_quantize(
     return _FakeQuantize.apply(x, scale, low, high, clip_x_grad, residual_scale_grad, inclusive)
 
 
+#: more thresholds than this are searched, not compared one by one
+_MOST_COMPARED = 48
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # any set of levels
 # --------------------------------------------------------------------------------------------------------------------
@@ -168,38 +143,73 @@ def _index(r: Tensor, thresholds: Tensor, axis: int = 1) -> Tensor:
     return torch.bucketize(r.contiguous(), thresholds.to(r.dtype))
 
 
-def _levels_forward(x: Tensor, scale: Tensor, levels: Tensor, thresholds: Tensor) -> Tensor:
-    values = levels[level_index(x, scale, thresholds)].to(scale.dtype) * scale
-    # NaN must stay visible, as it does on a uniform grid
-    return torch.where(torch.isnan(x), x, values.to(x.dtype))
+def staircase(r: Tensor, thresholds: Tensor, steps: Tensor | None = None) -> Tensor:
+    """Sum of the ``steps`` (1 each without them) whose thresholds are strictly below ``r``, in the dtype of ``r``.
+
+    NaN stays NaN. By comparisons where that is faster than a search; exact where all partial sums are.
+
+    :param thresholds, steps: 1-d, ascending thresholds.
+    """
+    compared = len(thresholds) <= _MOST_COMPARED and (r.is_cpu or torch.compiler.is_compiling())
+    if torch.jit.is_tracing() or not compared:
+        index = _index(r, thresholds)
+        found = index if steps is None else torch.cat([steps.new_zeros(1), steps.cumsum(0)])[index]
+        return torch.where(torch.isnan(r), r, found.to(r.dtype))
+    value = r.clamp(-1, 1).mul_(0)
+    for i, threshold in enumerate(thresholds.to(r.dtype).unbind()):
+        above = torch.gt(r, threshold, out=torch.empty_like(r))
+        value.add_(above if steps is None else above.mul_(steps[i].to(r.dtype)))
+    return value
 
 
-def _levels_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, levels: Tensor, thresholds: Tensor, clip_x: bool, residual: bool
-) -> tuple[Tensor, Tensor]:
-    g, r = wide(grad), wide(x) / scale
+def _nearest(r: Tensor, levels: Tensor, thresholds: Tensor) -> Tensor:
+    """The level of every ``r``, in its dtype. The partial sums are levels, hence exact."""
+    return staircase(r, thresholds, levels.diff()).add_(levels[0])
+
+
+def _levels_forward(out, x: Tensor, scale: Tensor, levels: Tensor, thresholds: Tensor):
+    return torch.mul(_nearest(wide(x) / scale, levels, thresholds), scale, out=out), ()
+
+
+def _levels_band(x: Tensor, scale: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r = wide(x) / scale
     clipped = torch.minimum(torch.maximum(r, levels[0].to(r.dtype)), levels[-1].to(r.dtype))
-    band = (r == clipped).to(r.dtype)
-    if residual:  # outside the band the nearest level is the bound
-        grad_scale = levels[_index(r, thresholds)].to(r.dtype) - clipped * band
-    else:
-        grad_scale = clipped - clipped * band
-    return (g * band).to(x.dtype) if clip_x else grad, grad_scale.mul_(g)
+    return r, clipped, r.clone().eq_(clipped)
+
+
+def _levels_sum(g: Tensor, r: Tensor, clipped: Tensor, band: Tensor, scale, levels, thresholds, residual: bool):
+    # outside the band the nearest level is the bound
+    by_scale = _nearest(r, levels, thresholds) if residual else clipped.clone()
+    return total(by_scale.addcmul_(clipped, band, value=-1).mul_(g), scale)
+
+
+def _levels_backward(out, grad, x: Tensor, scale: Tensor, levels: Tensor, thresholds: Tensor, residual: bool):
+    g, (r, clipped, band) = wide(grad), _levels_band(x, scale, levels)
+    return torch.mul(g, band, out=out), (_levels_sum(g, r, clipped, band, scale, levels, thresholds, residual),)
+
+
+def _levels_backward_x(out, grad, x: Tensor, scale: Tensor, levels: Tensor, thresholds: Tensor, residual: bool):
+    return torch.mul(wide(grad), _levels_band(x, scale, levels)[2], out=out), ()
+
+
+def _levels_backward_scale(out, grad, x: Tensor, scale: Tensor, levels: Tensor, thresholds: Tensor, residual: bool):
+    parts = _levels_band(x, scale, levels)
+    return None, (_levels_sum(wide(grad), *parts, scale, levels, thresholds, residual),)
 
 
 class _LevelQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, levels, thresholds, clip_x, residual):
         ctx.save_for_backward(x, scale, levels, thresholds)
-        ctx.args = (clip_x, residual)
-        return _dispatch(_levels_forward, x)(x, scale, levels, thresholds)
+        ctx.residual, ctx.clip_x = residual, clip_x
+        return evaluate(_levels_forward, (x,), (scale,), (levels, thresholds))[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, scale, levels, thresholds = ctx.saved_tensors
-        grad_x, grad_scale = _dispatch(_levels_backward, x)(grad, x, scale, levels, thresholds, *ctx.args)
-        return grad_x, grad_scale.sum_to_size(scale.shape).to(scale.dtype), None, None, None, None
+        x, scale, *grid = ctx.saved_tensors
+        kernels = _levels_backward, _levels_backward_x, _levels_backward_scale
+        return (*_straight(ctx, grad, x, scale, kernels, (*grid, ctx.residual), ctx.clip_x), *(None,) * 4)
 
 
 def level_quantize(
@@ -331,6 +341,38 @@ def standardize(weight: Tensor, scale: bool = True) -> tuple[Tensor, Tensor]:
     return (weight / unit - mean) / std, std * unit
 
 
+class _Gate(torch.autograd.Function):
+    """Keeps the half spectrum and the gate; the backward goes through half spectra as well (torch's own, of a real
+    transform, goes through full complex ones)."""
+
+    @staticmethod
+    def forward(ctx, rows, transform):
+        spectrum = torch.fft.rfft(rows, dim=1)
+        gate = (transform @ spectrum.abs()).sigmoid_()
+        ctx.save_for_backward(spectrum, transform, gate)
+        ctx.count = rows.shape[1]
+        return torch.fft.irfft(spectrum * gate, n=ctx.count, dim=1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        spectrum, transform, gate = ctx.saved_tensors
+        n = ctx.count
+        with torch.autocast(grad.device.type, enabled=False):
+            wave = torch.fft.rfft(grad, dim=1)
+            # every frequency but the first, and the last of an even length, stands for two of the full spectrum
+            twice = torch.full_like(gate[0], 2.0)
+            twice[:1].fill_(1.0)
+            if n % 2 == 0:
+                twice[-1:].fill_(1.0)
+            by_gate = torch.view_as_real(spectrum).mul(torch.view_as_real(wave)).sum(-1).mul_(twice / n)
+            by_mixed = by_gate.mul_(gate).mul_(1 - gate)
+            by_transform = by_mixed @ spectrum.abs().T if ctx.needs_input_grad[1] else None
+            by_magnitude = (transform.T @ by_mixed).mul_(n / twice)
+            by_rows = torch.fft.irfft(wave.mul_(gate).add_(torch.sgn(spectrum).mul_(by_magnitude)), n=n, dim=1)
+        return by_rows, by_transform
+
+
 def dft_gate(rows: Tensor, transform: Tensor) -> Tensor:
     """FAT's frequency gate, spec section 3 steps 3 to 8: ``Re IDFT(sigmoid(T |F|) * F)``, ``F = DFT(rows)``.
 
@@ -339,6 +381,4 @@ def dft_gate(rows: Tensor, transform: Tensor) -> Tensor:
     :param rows: C x N, one standardised filter per row.
     :param transform: C x C matrix ``T`` that mixes output channels at every frequency.
     """
-    spectrum = torch.fft.rfft(rows, dim=1)
-    gate = torch.sigmoid(transform @ spectrum.abs())
-    return torch.fft.irfft(spectrum * gate, n=rows.shape[1], dim=1)
+    return _Gate.apply(rows, transform)

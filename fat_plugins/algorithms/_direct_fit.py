@@ -11,6 +11,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fat_plugins.functional import per_channel_view, wide
+from fat_plugins.kernels import evaluate, total
+
 #: no entry of a basis falls below it
 LEVEL_FLOOR = 1e-6
 #: half gaps are at least this where something is divided by them
@@ -73,22 +76,34 @@ class Tally(NamedTuple):
         return Tally(both[:, :levels], both[:, levels:-1], both[:, -1])
 
 
-def channel_tally(sample: Tensor, thresholds: Tensor) -> Tally:
-    """Count a batch (C x N) by the thresholds (M - 1, ascending), one after the other in one buffer of its size.
+def channel_tally(x: Tensor, thresholds: Tensor, axis: int = 0) -> Tally:
+    """Count a batch by the thresholds (M - 1, ascending), one after the other in one buffer.
 
     NaN and infinity make the tally NaN, which :func:`fit_step` looks for.
+
+    :param x: float tensor whose channels lie along ``axis``; one channel where it has no such axis.
     """
-    count = sample.shape[1]
-    above, beyond = [torch.ones_like(sample[:, 0])], [sample.sum(1) / count]
-    buffer = torch.empty_like(sample)
-    for threshold in thresholds.unbind():
-        torch.gt(sample, threshold, out=buffer)
-        above.append(buffer.sum(1) / count)
-        beyond.append(buffer.mul_(sample).sum(1) / count)
-    none = torch.zeros_like(above[0])
+    channels = x.shape[axis] if x.ndim > axis else 1
+    count = x.numel() // channels
+    pattern = per_channel_view(x.new_zeros(channels), x.ndim, axis)
+    _, sums = evaluate(_tally, (x,), (pattern,), (thresholds.to(wide(x).dtype),), values=False)
+    total_, square, *found = (s.reshape(-1) / count for s in sums)
+    above, beyond = [torch.ones_like(total_), *found[::2]], [total_, *found[1::2]]
+    none = torch.zeros_like(total_)
     share = torch.stack(above, 1) - torch.stack([*above[1:], none], 1)
     moment = torch.stack(beyond, 1) - torch.stack([*beyond[1:], none], 1)
-    return Tally(share, moment, torch.square(sample, out=buffer).mean(1))
+    return Tally(share, moment, square)
+
+
+def _tally(out: None, x: Tensor, pattern: Tensor, thresholds: Tensor):
+    """By channel: the sum and the sum of squares; for each threshold how many are above it, and their sum."""
+    x = wide(x)
+    sums = [total(x, pattern), total(x.square(), pattern)]
+    for threshold in thresholds.unbind():
+        above = torch.gt(x, threshold, out=torch.empty_like(x))
+        sums.append(total(above, pattern))
+        sums.append(total(above.mul_(x), pattern))
+    return None, tuple(sums)
 
 
 def channel_weights(kind: Literal["norm", "l21", "none"], cap: float, energy: Tensor, error: Tensor) -> Tensor:

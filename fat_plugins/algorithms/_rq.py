@@ -61,11 +61,17 @@ def cell(r: Tensor, rho: Tensor, point: Tensor | float) -> tuple[Tensor, Tensor]
     :return: raw, and ``S = sinh / (cosh + cosh)`` from which all derivatives follow.
     """
     distance = r - point
-    t = distance.abs() * rho
-    q = _decay(-t)
-    denominator = 1 + q * (q + 2 * torch.cosh(rho / 2))
-    raw = 2 * torch.sinh(rho / 2) * q / denominator
-    return raw, torch.sign(distance) * (1 - q * q) / denominator
+    q = _decay(distance.abs().mul_(rho).neg_())
+    denominator = torch.add(q, 2 * torch.cosh(rho / 2)).mul_(q).add_(1)
+    s = (1 - q * q).mul_(torch.sign(distance)).div_(denominator)
+    return q.mul_(2 * torch.sinh(rho / 2)).div_(denominator), s
+
+
+def raw_of(r: Tensor, rho: Tensor, point: Tensor | float) -> Tensor:
+    """The first result of :func:`cell` alone."""
+    q = _decay((r - point).abs_().mul_(rho).neg_())
+    denominator = torch.add(q, 2 * torch.cosh(rho / 2)).mul_(q).add_(1)
+    return q.mul_(2 * torch.sinh(rho / 2)).div_(denominator)
 
 
 def log_raw(r: Tensor, rho: Tensor, point: Tensor | float) -> Tensor:

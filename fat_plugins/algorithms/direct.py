@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fat_plugins.algorithms._direct_fit import (
     LEVEL_FLOOR,
     UNIT_ERROR,
+    Tally,
     basis_codes,
     channel_tally,
     fit_step,
@@ -30,6 +31,7 @@ from fat_plugins.errors import ConfigError
 from fat_plugins.figures import Figure
 from fat_plugins.forms import Codebook, Form, Staircase, SumOfGrids, UniformGrid
 from fat_plugins.functional import fake_quantize, level_quantize, wide
+from fat_plugins.kernels import evaluate, row_blocks
 from fat_plugins.quantizer import ActivationQuantizer, FrozenTensor, Params, TensorSpec, WeightQuantizer
 from fat_plugins.registry import Algorithm
 
@@ -90,12 +92,17 @@ class _BinarySum(torch.autograd.Function):
         ctx.unit_grad = unit_grad
         values = wide(basis).clamp_min(LEVEL_FLOOR).unsqueeze(-1)
         tied = len(basis) < len(z)
-        total, buffer = (torch.zeros(z.shape[1:], dtype=values.dtype, device=z.device) for _ in range(2))
-        for k, bits in enumerate(z.unbind()):
-            _signs(bits, buffer)
-            # the sum of tied bits is an exact integer, as the form has it; the other terms add up in the form's order
-            total.add_(buffer, alpha=2**k) if tied else total.add_(buffer.mul_(values[k]))
-        return total.mul_(values[0]) if tied else total
+        total = torch.zeros(z.shape[1:], dtype=values.dtype, device=z.device)
+        for some in row_blocks(total):
+            part, worth = total[some], values if values.shape[1] == 1 else values[:, some]
+            buffer = torch.empty_like(part)
+            for k, bits in enumerate(z[:, some].unbind()):
+                _signs(bits, buffer)
+                # the sum of tied bits is an exact integer, as the form has it; others add up in the form's order
+                part.add_(buffer, alpha=2**k) if tied else part.add_(buffer.mul_(worth[k]))
+            if tied:
+                part.mul_(worth[0])
+        return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -104,15 +111,21 @@ class _BinarySum(torch.autograd.Function):
         values = wide(basis).clamp_min(LEVEL_FLOOR).unsqueeze(-1)
         g = grad.to(values.dtype)
         tied = len(basis) < len(z)
-        worth = [values[0] * 2**k if tied else values[k] for k in range(len(z))]
-        half_gap = torch.stack(worth).sum(0) / (2 ** len(z) - 1)
-        dz, dbasis, buffer = torch.empty_like(z), torch.zeros_like(values), torch.empty_like(g)
-        for k, bits in enumerate(z.unbind()):
-            factor = 1 / half_gap.clamp_min(UNIT_ERROR) if ctx.unit_grad else worth[k]
-            window = buffer.copy_(bits).abs_().le_(1)
-            dz[k].copy_(window.mul_(g).mul_(factor))
-            reach = _signs(bits, buffer).mul_(g).sum_to_size(values[0].shape)
-            dbasis[0 if tied else k] += reach * 2**k if tied else reach
+        worth = torch.stack([values[0] * 2**k if tied else values[k] for k in range(len(z))])
+        if ctx.unit_grad:
+            factors = (1 / (worth.sum(0) / (2 ** len(z) - 1)).clamp_min(UNIT_ERROR)).expand_as(worth)
+        else:
+            factors = worth
+        dz, dbasis = torch.empty_like(z), torch.zeros_like(values, dtype=torch.float64)
+        for some in row_blocks(g):
+            part, shared = g[some], values.shape[1] == 1
+            buffer = torch.empty_like(part)
+            for k, bits in enumerate(z[:, some].unbind()):
+                window = buffer.copy_(bits).abs_().le_(1)
+                dz[k, some].copy_(window.mul_(part).mul_(factors[k] if shared else factors[k, some]))
+                reach = _signs(bits, buffer).mul_(part).sum(1, keepdim=True)
+                reach = reach.sum(0, keepdim=True) if shared else reach
+                dbasis[0 if tied else k, slice(None) if shared else some] += reach * 2**k if tied else reach
         return dz, dbasis.squeeze(-1).to(basis.dtype), None
 
 
@@ -258,10 +271,15 @@ class _ClippedStraight(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         x, bottom, top = ctx.saved_tensors
-        inside = x <= top
-        if bottom is not None:
-            inside &= x >= bottom
-        return grad * inside.to(grad.dtype), None, None, None
+        bounds = (top,) if bottom is None else (top, bottom)
+        return evaluate(_inside, (grad, x), bounds)[0], None, None, None
+
+
+def _inside(out, grad: Tensor, x: Tensor, top: Tensor, bottom: Tensor | None = None):
+    inside = wide(x).clone().le_(top)
+    if bottom is not None:
+        inside.mul_(wide(x).clone().ge_(bottom))
+    return torch.mul(inside, wide(grad), out=out), ()
 
 
 class DirectActivation(ActivationQuantizer):
@@ -397,7 +415,7 @@ class DirectActivation(ActivationQuantizer):
     def _fitted(self, sample: Tensor, basis: Tensor, energy: Tensor) -> Tensor:
         """One weighted least-squares step (section 5.2) from ``basis``."""
         values, codes = sorted_levels(self._codes.to(basis.dtype), basis)
-        tally = channel_tally(sample, midpoints(values))
+        tally = channel_tally(sample, midpoints(values), 0)
         return fit_step(tally, values, codes, basis, energy, self.params.channel_weight, self.params.channel_cap)
 
     def _follow(self, x: Tensor) -> None:
@@ -407,8 +425,8 @@ class DirectActivation(ActivationQuantizer):
         with torch.autocast(x.device.type, enabled=False):
             basis = wide(self.basis)
             values, codes = sorted_levels(self._codes.to(basis.dtype), basis)
-            tally = channel_tally(self._by_channel(x).to(basis.dtype), midpoints(values))
-            tally = tally.over_processes()
+            tally = channel_tally(x, midpoints(values), self.spec.channel_axis).over_processes()
+            tally = Tally(*(part.to(basis.dtype) for part in tally))
             energy = self._energy_with(tally.mean_square)
             new = fit_step(tally, values, codes, basis, energy, self.params.channel_weight, self.params.channel_cap)
             self.basis.copy_(_MEMORY * basis + (1 - _MEMORY) * new)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fat_plugins.forms import Codebook, Form, UniformGrid
 from fat_plugins.functional import fake_quantize, wide
+from fat_plugins.kernels import evaluate
 from fat_plugins.quantizer import ActivationQuantizer, FrozenTensor, Params, TensorSpec, WeightQuantizer
 from fat_plugins.registry import Algorithm
 
@@ -31,24 +32,60 @@ class DoReFaParams(Params):
 
 
 class _OddGrid(torch.autograd.Function):
-    """``scale * (2 round((2^b - 1)(x + 1)/2) - (2^b - 1))`` for x in [-1, 1], straight through the rounding."""
+    """``scale * (2 round((2^b - 1)(x + 1)/2) - (2^b - 1))`` for ``x = t / max|t|``, straight through the rounding.
+
+    The scale is ``1 / n``, or ``max|t| / n`` with ``restore``; the gradient passes through the maximum, in equal parts
+    where several elements reach it.
+    """
 
     @staticmethod
-    def forward(ctx, x, scale, n):
-        integers = _odd_integers(x, n)
-        ctx.save_for_backward(x, scale)
-        ctx.n = n
-        return integers * scale
+    def forward(ctx, t, n, restore):
+        low, high = torch.aminmax(t)
+        largest = torch.maximum(high, -low)
+        ctx.save_for_backward(t, largest)
+        ctx.args = (n, restore)
+        floored = largest.clamp_min(_FLOOR)
+        return evaluate(_odd_grid, (t,), (floored, _scale_of(floored, n, restore)), (n,))[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, scale = ctx.saved_tensors
-        return grad * (scale * ctx.n), (grad * _odd_integers(x, ctx.n)).sum(), None
+        t, largest = ctx.saved_tensors
+        n, restore = ctx.args
+        floored = largest.clamp_min(_FLOOR)
+        scale = _scale_of(floored, n, restore)
+        by_scale, by_x, count = evaluate(_odd_sums, (grad, t), (floored, largest), (n,), values=False)[1]
+        by_largest = by_x * (-scale * n / floored)
+        if restore:
+            by_largest = by_largest + by_scale / n
+        share = by_largest / count * (largest >= _FLOOR).to(largest.dtype)
+        return evaluate(_odd_backward, (grad, t), (largest, scale * n / floored, share))[0], None, None
+
+
+def _scale_of(largest: Tensor, n: int, restore: bool) -> Tensor:
+    """Scale of the odd integers, shape ()."""
+    return largest / n if restore else torch.full_like(largest, 1.0 / n)
+
+
+def _odd_grid(out, t: Tensor, largest: Tensor, scale: Tensor, n: int):
+    return torch.mul(_odd_integers(t / largest, n), scale, out=out), ()
+
+
+def _odd_sums(out, grad: Tensor, t: Tensor, floored: Tensor, largest: Tensor, n: int):
+    """Sums of ``G`` times the integers, of ``G x``, and how many elements reach the maximum."""
+    x = t / floored
+    at_top = t.abs().eq_(largest)
+    by_x = (x * grad).sum()
+    return None, (_odd_integers(x, n).mul_(grad).sum(), by_x, at_top.sum())
+
+
+def _odd_backward(out, grad: Tensor, t: Tensor, largest: Tensor, factor: Tensor, share: Tensor):
+    at_top = t.abs().eq_(largest).mul_(torch.sign(t)).mul_(share)
+    return torch.add(grad * factor, at_top, out=out), ()
 
 
 def _odd_integers(x: Tensor, n: int) -> Tensor:
-    return 2 * torch.round((x * 0.5 + 0.5).clamp(0, 1) * n) - n
+    return torch.mul(x, 0.5).add_(0.5).clamp_(0, 1).mul_(n).round_().mul_(2).sub_(n)
 
 
 class _Sign(torch.autograd.Function):
@@ -79,15 +116,15 @@ class DoReFaWeight(WeightQuantizer):
         with torch.autocast(weight.device.type, enabled=False):
             t = torch.tanh(wide(weight))
             largest = t.abs().amax().clamp_min(_FLOOR)
-            return t / largest, largest / self.n if self.restore else torch.full_like(largest, 1.0 / self.n)
+            return t / largest, _scale_of(largest, self.n, self.restore)
 
     def quantize(self, weight: Tensor) -> Tensor:
         """The gradient passes through tanh and the maximum (section 4)."""
         if self.spec.bits == 1:
             w = wide(weight)
             return _Sign.apply(w, w.detach().abs().mean()).to(weight.dtype)
-        x, scale = self._normalised(weight)
-        return _OddGrid.apply(x, scale, self.n).to(weight.dtype)
+        with torch.autocast(weight.device.type, enabled=False):
+            return _OddGrid.apply(torch.tanh(wide(weight)), self.n, self.restore).to(weight.dtype)
 
     def grid_scale(self, weight: Tensor) -> Tensor:
         w = wide(weight.detach())

@@ -26,10 +26,12 @@ from fat_plugins.algorithms._rq import (
     grid_mass,
     position,
     probability,
+    raw_of,
 )
 from fat_plugins.errors import ConfigError
 from fat_plugins.figures import Figure
-from fat_plugins.functional import fused, uniform_codes, wide
+from fat_plugins.functional import staircase, uniform_codes, wide
+from fat_plugins.kernels import evaluate
 from fat_plugins.quantizer import Coordinator, LayerQuantizers, Params, Progress, TensorSpec
 from fat_plugins.registry import Algorithm
 
@@ -38,6 +40,9 @@ _LARGEST_LOGIT = math.log(100.0)  # section 7
 _DROPPED = 0.34  # a level with a higher P(Z = 0) is not used, section 4.3
 _LEAST_BITS = 2
 _LEAST_MASS = 1e-6  # of the points that a mask leaves, section 10.4
+
+#: points that the compiler may unroll; elements of a block of the kernels that it does not see
+_UNROLLED, _BLOCK = 63, 2**16
 
 Estimator = Literal["imax", "full", "ste"]
 
@@ -142,7 +147,12 @@ class _Plan(NamedTuple):
 
 
 def masked_codes(r: Tensor, rho: Tensor, mask: Tensor, low: int) -> Tensor:
-    """``argmax_k mask_k pi_k`` (in the dtype of ``r``); the normaliser plays no part, NaN stays NaN.
+    """``argmax_k mask_k pi_k`` (in the dtype of ``r``); the normaliser plays no part, NaN stays NaN."""
+    return staircase(r, masked_thresholds(rho, mask, low)).add_(low)
+
+
+def masked_thresholds(rho: Tensor, mask: Tensor, low: int) -> Tensor:
+    """Ascending thresholds (float64, 2^b - 1) of the staircase ``argmax_k mask_k pi_k``.
 
     The logistic distribution is log-concave, so the chosen point never falls as ``r`` grows: it is a staircase, whose
     thresholds depend on the mask and rho only. Of two points j < m with gates M, the upper one is the more probable
@@ -150,7 +160,7 @@ def masked_codes(r: Tensor, rho: Tensor, mask: Tensor, low: int) -> Tensor:
     ``(M_m - M_j e^(-2h)) v^2 + 2 cosh(rho/2) e^(-h) (M_m - M_j) v - (M_j - M_m e^(-2h)) = 0``.
     """
     count = mask.numel()
-    k = torch.arange(count, device=r.device, dtype=torch.float64)
+    k = torch.arange(count, device=rho.device, dtype=torch.float64)
     rho, gate = rho.double(), mask.double()
     lower, upper = gate[:, None], gate[None, :]  # axes: j, m
     h = rho * (k[None, :] - k[:, None]) / 2
@@ -165,12 +175,11 @@ def masked_codes(r: Tensor, rho: Tensor, mask: Tensor, low: int) -> Tensor:
     between = (k[:, None] + k[None, :]) / 2 + torch.log(v) / rho
     between = between.masked_fill(last <= 0, -math.inf).masked_fill(square <= 0, math.inf)
     # from point i on: some m >= i beats every j < i
-    index = torch.arange(count, device=r.device)
+    index = torch.arange(count, device=rho.device)
     beats = between.masked_fill(~inside, -math.inf).cummax(0).values  # [j, m]: threshold of m against 0 .. j
     against = beats[:-1]  # row i - 1 is against all j < i
     reachable = index[None, :] >= index[1:, None]
-    steps = against.masked_fill(~reachable, math.inf).amin(1).cummax(0).values + low
-    return torch.bucketize(r.contiguous(), steps.to(r.dtype)).to(r.dtype) + low + (r - r)
+    return against.masked_fill(~reachable, math.inf).amin(1).cummax(0).values + low
 
 
 def _imax(g: Tensor, x: Tensor, alpha: Tensor, rho: Tensor, low: int, high: int, truncated: bool):
@@ -187,7 +196,7 @@ def _ste(g: Tensor, x: Tensor, k: Tensor, alpha: Tensor, low: int, high: int):
     """Straight-through within the grid, LSQ's rule for the step."""
     r = wide(x) / alpha
     inside = ((r >= low) & (r <= high)).to(r.dtype)
-    return g * inside, g * (k - r.clamp(low, high) * inside), torch.zeros_like(g)
+    return g * inside, g * (k - r.clamp(low, high) * inside), torch.zeros_like(r)
 
 
 def _full(g: Tensor, x: Tensor, alpha: Tensor, rho: Tensor, low: int, high: int, truncated: bool):
@@ -236,12 +245,14 @@ def _averaged(total: Tensor, raw: Tensor, s: Tensor, ks: Tensor, r: Tensor, rho:
     ]
 
 
-def _general(g: Tensor, x: Tensor, alpha: Tensor, rho: Tensor, mask: Tensor, plan: _Plan):
+def _general(
+    g: Tensor, x: Tensor, alpha: Tensor, rho: Tensor, mask: Tensor, steps: Tensor,
+    low: int, high: int, estimator: str, truncated: bool, gates: str,
+):  # fmt: skip
     """With masks: gradients by x, log alpha, log sigma (by element) and by the mask, divided by alpha. One or two loops
     over the points, one exponential in each turn; memory does not grow with their number."""
-    low, high, estimator, truncated, gates, _ = plan
     r = position(x, alpha, rho, low, high)
-    k = masked_codes(r, rho, mask, low)
+    k = staircase(r, steps).add_(low)
     grid = grid_mass(r, rho, low, high, truncated)
     renormalised, full = gates == "expected", estimator == "full"
     mass = expected = by_raw = by_s = by_ks = k_raw = k_ks = 0.0
@@ -282,13 +293,43 @@ def _general(g: Tensor, x: Tensor, alpha: Tensor, rho: Tensor, mask: Tensor, pla
         by = (value * slopes[0], gk + value * slopes[1], value * slopes[2])
     by_mask = []
     factor = g / grid.value / mass if renormalised else g / grid.value
+    centre = kept * expected if renormalised else None
     for point in range(low, high + 1):
         if gates == "raw" and not full:
             by_mask.append((through_gate * (k == point)).sum())
             continue
-        raw = cell(r, rho, point)[0]
-        by_mask.append((factor * raw * ((point - kept * expected) if renormalised else point)).sum())
+        raw = raw_of(r, rho, point)
+        away = point - centre if renormalised else point
+        by_mask.append(raw.mul_(factor).mul_(away).sum())
     return *by, torch.stack(by_mask)
+
+
+def _masked_forward(out, x: Tensor, alpha: Tensor, rho: Tensor, steps: Tensor, low: int, high: int):
+    return torch.mul(staircase(position(x, alpha, rho, low, high), steps).add_(low), alpha, out=out), ()
+
+
+def _plain_forward(out, x: Tensor, alpha: Tensor, low: int, high: int):
+    return torch.mul(uniform_codes(x, alpha, low, high), alpha, out=out), ()
+
+
+def _slopes(
+    out, grad: Tensor, x: Tensor, alpha: Tensor, rho: Tensor, scale: Tensor, mask: Tensor | None, steps: Tensor | None,
+    low: int, high: int, estimator: str, truncated: bool, gates: str | None,
+):  # fmt: skip
+    """Gradient of x, and the sums for log alpha, log sigma and the mask."""
+    g, more = wide(grad), ()
+    if gates is not None:
+        by_x, by_alpha, by_sigma, by_mask = _general(
+            g, x, alpha, rho, mask, steps, low, high, estimator, truncated, gates
+        )
+        more = (by_mask,)
+    elif estimator == "ste":
+        by_x, by_alpha, by_sigma = _ste(g, x, uniform_codes(x, alpha, low, high), alpha, low, high)
+    else:
+        rule = _full if estimator == "full" else _imax
+        by_x, by_alpha, by_sigma = rule(g, x, alpha, rho, low, high, truncated)
+    # the factor first: the sum over a huge tensor must not overflow
+    return by_x, (by_alpha.mul_(scale).sum(), by_sigma.mul_(scale).sum(), *more)
 
 
 class _Categorical(torch.autograd.Function):
@@ -296,37 +337,30 @@ class _Categorical(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, log_alpha, log_sigma, mask, plan):
-        ctx.save_for_backward(x, log_alpha, log_sigma, mask)
+        alpha, rho = log_alpha.exp().reshape(()), torch.exp(log_alpha - log_sigma).reshape(())
+        steps = None if plan.gates is None else masked_thresholds(rho, mask, plan.low)
+        ctx.save_for_backward(x, alpha, rho, mask, steps)
         ctx.plan = plan
-        alpha = log_alpha.exp().reshape(())
-        if plan.gates is None:
-            codes = uniform_codes(x, alpha, plan.low, plan.high)
-        else:
-            rho = torch.exp(log_alpha - log_sigma).reshape(())
-            codes = masked_codes(position(x, alpha, rho, plan.low, plan.high), rho, mask, plan.low)
-        return (codes * alpha).to(x.dtype)
+        if steps is None:
+            return evaluate(_plain_forward, (x,), (alpha,), (plan.low, plan.high))[0]
+        return evaluate(_masked_forward, (x,), (alpha, rho), (steps, plan.low, plan.high))[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, log_alpha, log_sigma, mask = ctx.saved_tensors
+        x, alpha, rho, mask, steps = ctx.saved_tensors
         plan: _Plan = ctx.plan
-        g, low, high = wide(grad), plan.low, plan.high
-        alpha, rho = log_alpha.exp().reshape(()), torch.exp(log_alpha - log_sigma).reshape(())
+        used = mask if plan.gates is not None else None
+        # two unrolled loops, or one over many points, are not worth the compiler's time
+        loops = plan.gates is not None or (plan.estimator == "full" and plan.high - plan.low > _UNROLLED)
+        args = (alpha * plan.factor, used, steps, *plan[:-1])
+        by_x, (by_alpha, by_sigma, *more) = evaluate(
+            _slopes, (grad, x), (alpha, rho), args, block=_BLOCK if loops else None
+        )
         by_mask = None
-        if plan.gates is not None:
-            by_x, by_alpha, by_sigma, by_mask = _general(g, x, alpha, rho, mask, plan)
-        elif plan.estimator == "ste":
-            by_x, by_alpha, by_sigma = _ste(g, x, uniform_codes(x, alpha, low, high), alpha, low, high)
-        else:
-            rule = _full if plan.estimator == "full" else _imax
-            by_x, by_alpha, by_sigma = fused(rule, x)(g, x, alpha, rho, low, high, plan.truncated)
-        # the factor first: the sum over a huge tensor must not overflow
-        scale = alpha * plan.factor
-        by_alpha, by_sigma = (by_alpha * scale).sum().reshape(1), (by_sigma * scale).sum().reshape(1)
         if mask is not None:
-            by_mask = torch.zeros_like(mask) if by_mask is None else (by_mask * alpha).to(mask.dtype)
-        return by_x.to(x.dtype), by_alpha, by_sigma, by_mask, None
+            by_mask = (more[0] * alpha).to(mask.dtype) if more else torch.zeros_like(mask)
+        return by_x, by_alpha.reshape(1), by_sigma.reshape(1), by_mask, None
 
 
 class DropBitsWeight(GridWeight):

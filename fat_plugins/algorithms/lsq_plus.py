@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fat_plugins.algorithms.lsq import LSQWeight
 from fat_plugins.forms import Form, Staircase, UniformGrid
 from fat_plugins.functional import grad_scale, positive, wide
+from fat_plugins.kernels import evaluate, total
 from fat_plugins.quantizer import ActivationQuantizer, Params, TensorSpec
 from fat_plugins.registry import Algorithm
 
@@ -59,29 +60,36 @@ class _Affine(torch.autograd.Function):
     def forward(ctx, x, step, beta, high, rounded):
         ctx.save_for_backward(x, step, beta)
         ctx.args = (high, rounded)
-        if rounded:
-            return (_integers(x, step, beta, high) * step).to(x.dtype)
-        return (torch.round(((wide(x) - beta) / step).clamp(0, high)) * step + beta).to(x.dtype)
+        return evaluate(_affine, (x,), (step, beta), ctx.args)[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, step, beta = ctx.saved_tensors
-        high, rounded = ctx.args
-        g = wide(grad)
-        r = wide(x) / step - torch.round(beta / step) if rounded else (wide(x) - beta) / step
-        clipped = r.clamp(0, high)
-        inside = ((r > 0) & (r < high)).to(r.dtype)
-        grad_step = (g * (torch.round(clipped) - clipped * inside)).sum()
-        grad_beta = (g * (1 - inside)).sum()
-        return (g * inside).to(x.dtype), grad_step.to(step.dtype), grad_beta.to(beta.dtype), None, None
+        grad_x, (by_step, by_beta) = evaluate(_affine_backward, (grad, x), (step, beta), ctx.args)
+        return grad_x, by_step.to(step.dtype), by_beta.to(beta.dtype), None, None
 
 
-def _integers(x: Tensor, step: Tensor, beta: Tensor, high: int) -> Tensor:
-    """``round(x/s)`` between the offset in whole steps and ``high`` above it: rounded before the offset is taken off,
+def _affine(out, x: Tensor, step: Tensor, beta: Tensor, high: int, rounded: bool):
+    """Rounded: between the offset in whole steps and ``high`` above it; x is rounded before the offset is taken off,
     which would round once more."""
+    if not rounded:
+        codes = torch.sub(wide(x), beta).div_(step).clamp_(0, high).round_()
+        return torch.add(codes.mul_(step), beta, out=out), ()
     offset = torch.round(beta / step)
-    return torch.maximum(torch.minimum(torch.round(wide(x) / step), offset + high), offset)
+    codes = torch.div(wide(x), step).round_()
+    return torch.mul(torch.maximum(torch.minimum(codes, offset + high), offset), step, out=out), ()
+
+
+def _affine_backward(out, grad: Tensor, x: Tensor, step: Tensor, beta: Tensor, high: int, rounded: bool):
+    g = wide(grad)
+    r = torch.div(wide(x), step).sub_(torch.round(beta / step)) if rounded else torch.sub(wide(x), beta).div_(step)
+    clipped = r.clamp(0, high)
+    above = r.clone().gt_(0)
+    inside = r.lt_(high).mul_(above)
+    grad_x = torch.mul(g, inside, out=out)
+    by_step = torch.round(clipped).addcmul_(clipped, inside, value=-1).mul_(g)
+    return grad_x, (total(by_step, step), total(inside.mul_(-1).add_(1).mul_(g), beta))
 
 
 class LSQPlusActivation(ActivationQuantizer):

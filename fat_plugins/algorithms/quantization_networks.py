@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from fat_plugins.errors import ConfigError
 from fat_plugins.figures import Figure
 from fat_plugins.forms import Codebook, Form, Staircase, UniformGrid
-from fat_plugins.functional import fused, level_index, positive, uniform_codes, wide
+from fat_plugins.functional import level_index, positive, uniform_codes, wide
+from fat_plugins.kernels import evaluate, total
 from fat_plugins.quantizer import ActivationQuantizer, FrozenTensor, Params, Progress, TensorSpec, WeightQuantizer
 from fat_plugins.registry import Algorithm
 
@@ -42,8 +43,8 @@ _LEAST, _MOST = 1e-30, 1e36
 #: T of activations at the end of a training of known length, where no K is given. The gradient's spread grows with the
 #: root of T in every layer; beyond about 60 nothing is learned at the rates that other methods take.
 _LAST = 40.0
-#: more sigmoids than this are not worth the compiler's time (it unrolls the loop)
-_UNROLLED = 63
+#: more sigmoids than this are not worth the compiler's time (it unrolls the loop); the block of the uncompiled ones
+_UNROLLED, _BLOCK = 63, 2**16
 #: values that k-means looks at, and activations that are kept of one calibration batch
 _SAMPLES, _BATCH = 2**17, 2**13
 
@@ -200,33 +201,37 @@ def _sigmoid(r: Tensor, threshold: Tensor, temperature: Tensor | None) -> Tensor
     return (t if temperature is None else t.mul_(temperature)).clamp_(-_CLIP, _CLIP).sigmoid_()
 
 
-def _soft(x: Tensor, alpha: Tensor, beta: Tensor, b: Tensor, temperature: Tensor, steps: tuple[int, ...], low: int):
+def _soft(
+    out, x: Tensor, alpha: Tensor, beta: Tensor, b: Tensor, temperature: Tensor, steps: tuple[int, ...], low: int
+):
     r = wide(x) * beta
-    total = torch.full_like(r, low)
+    level = torch.full_like(r, low)
     for threshold, step in zip(b.unbind(), steps, strict=True):
-        total.add_(_sigmoid(r, threshold, temperature), alpha=step)
-    return total.mul_(alpha).to(x.dtype)
+        level.add_(_sigmoid(r, threshold, temperature), alpha=step)
+    return torch.mul(level, alpha, out=out), ()
 
 
 def _soft_backward(
-    grad: Tensor, x: Tensor, alpha: Tensor, beta: Tensor, b: Tensor, temperature: Tensor,
+    out, grad: Tensor, x: Tensor, alpha: Tensor, beta: Tensor, b: Tensor, temperature: Tensor,
     steps: tuple[int, ...], low: int, t1: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Section 4: dL/dx, and elementwise ``G * y / alpha`` and ``G * beta x * D``."""
+):  # fmt: skip
+    """Section 4: dL/dx, and the sums of ``G * y / alpha`` and ``G * beta x * D``."""
     g, r = wide(grad), wide(x) * beta
-    total, slope = torch.full_like(r, low), torch.zeros_like(r)
+    level, slope = torch.full_like(r, low), torch.zeros_like(r)
     for threshold, step in zip(b.unbind(), steps, strict=True):
         s = _sigmoid(r, threshold, temperature)
-        total.add_(s, alpha=step)
+        level.add_(s, alpha=step)
         if t1:
             s = _sigmoid(r, threshold, None)
         slope.add_(s.mul_(1 - s), alpha=step)
     slope.mul_(temperature).mul_(g)
-    return (slope * (alpha * beta)).to(x.dtype), total.mul_(g), r.mul_(slope)
+    by_x = torch.mul(slope, alpha * beta, out=out)
+    return by_x, (total(level.mul_(g), alpha), total(r.mul_(slope), alpha))
 
 
-def _run(fn: Callable, x: Tensor, steps: tuple[int, ...]) -> Callable:
-    return fused(fn, x) if len(steps) <= _UNROLLED else fn
+def _run(fn: Callable, tensors: tuple[Tensor, ...], alpha: Tensor, beta: Tensor, args: tuple):
+    steps = args[2]
+    return evaluate(fn, tensors, (alpha, beta), args, block=_BLOCK if len(steps) > _UNROLLED else None)
 
 
 class _SoftStaircase(torch.autograd.Function):
@@ -244,7 +249,7 @@ class _SoftStaircase(torch.autograd.Function):
         ctx.tied, ctx.still = tied, still
         if hard is not None:
             return hard.view_as(hard)
-        return _run(_soft, x, steps)(x, alpha, beta, b, temperature, steps, low)
+        return _run(_soft, (x,), alpha, beta, (b, temperature, steps, low))[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -253,10 +258,7 @@ class _SoftStaircase(torch.autograd.Function):
         rest = (None,) * 8
         if ctx.still:
             return torch.zeros_like(grad), torch.zeros_like(alpha), torch.zeros_like(beta), *rest
-        grad_x, by_alpha, by_beta = _run(_soft_backward, x, ctx.args[0])(
-            grad, x, alpha, beta, b, temperature, *ctx.args
-        )
-        grad_alpha, relative = by_alpha.sum(), by_beta.sum()
+        grad_x, (grad_alpha, relative) = _run(_soft_backward, (grad, x), alpha, beta, (b, temperature, *ctx.args))
         if ctx.tied:
             return grad_x, grad_alpha - relative, None, *rest
         # d/dbeta = alpha sum(G x D); float32 holds it for every tensor that is not at its very ends
@@ -350,7 +352,7 @@ class _Steps(nn.Module):
         r = torch.linspace(float(b[0]) - margin, float(b[-1]) + margin, _CURVE, dtype=torch.float64)
         steps = tuple(high - low for low, high in pairwise(self.levels))
         temperature = torch.tensor(self._temperature(), dtype=torch.float64)
-        soft = _soft(r / beta, alpha, beta, b, temperature, steps, self.levels[0])
+        soft, _ = _soft(None, r / beta, alpha, beta, b, temperature, steps, self.levels[0])
         hard = torch.tensor(self.levels)[torch.bucketize(r, b)] * alpha
         series = {"training": soft, "deployed": hard}
         return [Figure.curve("Soft steps and deployed steps", r / beta, series, "input", "output")]

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from fat_plugins.algorithms._rq import GridActivation, GridWeight, cell, draw_seed, log_raw, position
 from fat_plugins.functional import fake_quantize, grad_scale, wide
+from fat_plugins.kernels import Kernel, evaluate
 from fat_plugins.quantizer import Params, Progress, TensorSpec
 from fat_plugins.registry import Algorithm
 
 _SMALLEST = 1e-30  # of an exponential draw, whose logarithm is taken
+_BLOCK = 2**16  # elements that draw together
 
 
 class RQParams(Params):
@@ -55,12 +57,11 @@ class _Draw(NamedTuple):
     factor: float
 
 
-def _drawn(r: Tensor, rho: Tensor, draw: _Draw) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every candidate point: its integer and its perturbed score. The same numbers at every call.
+def _drawn(r: Tensor, rho: Tensor, draw: _Draw, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every candidate point: its integer and its perturbed score.
 
     The normaliser of the categorical is common to all points, whole grid or window, and drops out of the softmax.
     """
-    generator = torch.Generator(device=r.device).manual_seed(draw.seed)
     nearest = torch.round(r.clamp(draw.low, draw.high))
     if draw.delta is None:
         offsets: list[int] = list(range(draw.low, draw.high + 1))
@@ -77,14 +78,16 @@ def _drawn(r: Tensor, rho: Tensor, draw: _Draw) -> Iterator[tuple[Tensor, Tensor
         yield point, score
 
 
-def _averages(r: Tensor, rho: Tensor, draw: _Draw, slopes: bool) -> tuple[list[Tensor], Tensor]:
+def _averages(
+    r: Tensor, rho: Tensor, draw: _Draw, generator: torch.Generator, slopes: bool
+) -> tuple[list[Tensor], Tensor]:
     """Averages by the softmax of k and, with ``slopes``, of S, k S, k^2 S, raw and k raw; and the point of the highest
     score.
 
     The softmax runs over the points, its sums relative to the highest score so far: no tensor grows with their number.
     """
     sums, top, best = [], None, None
-    for point, score in _drawn(r, rho, draw):
+    for point, score in _drawn(r, rho, draw, generator):
         terms = [torch.ones_like(r), point]
         if slopes:
             raw, s = cell(r, rho, point)
@@ -101,33 +104,49 @@ def _averages(r: Tensor, rho: Tensor, draw: _Draw, slopes: bool) -> tuple[list[T
     return [t / sums[0] for t in sums[1:]], best + (r - r)  # NaN stays visible
 
 
+def _relaxed(out, x: Tensor, alpha: Tensor, rho: Tensor, draw: _Draw, generator: torch.Generator):
+    (mean,), best = _averages(position(x, alpha, rho, draw.low, draw.high), rho, draw, generator, slopes=False)
+    return torch.mul(best if draw.straight_through else mean, alpha, out=out), ()
+
+
+def _relaxed_backward(
+    out, grad: Tensor, x: Tensor, alpha: Tensor, rho: Tensor, draw: _Draw, generator: torch.Generator
+):
+    """Gradient of x, and the sums for log alpha and log sigma."""
+    g = wide(grad)
+    r = position(x, alpha, rho, draw.low, draw.high)
+    (mean, s, ks, kks, raw, k_raw), best = _averages(r, rho, draw, generator, slopes=True)
+    # covariances of k with S, k S and raw / 2: what is left of the slopes of log pi (see slopes_of)
+    with_s, with_ks, with_raw = ks - mean * s, kks - mean * ks, (k_raw - mean * raw) / 2
+    g_t = g * (rho / draw.temperature)
+    grid = best if draw.straight_through else mean
+    by_alpha = (g * grid + g_t * (with_ks - with_raw)) * (alpha * draw.factor)
+    by_sigma = g_t * (with_raw + r * with_s - with_ks) * (alpha * draw.factor)
+    return torch.mul(-g_t, with_s, out=out), (by_alpha.sum(), by_sigma.sum())
+
+
 class _Relaxed(torch.autograd.Function):
     """``alpha sum_i z_i k_i``, or the drawn point; keeps the input only and draws again in the backward."""
 
     @staticmethod
     def forward(ctx, x, log_alpha, log_sigma, draw):
-        ctx.save_for_backward(x, log_alpha, log_sigma)
-        ctx.draw = draw
         alpha, rho = log_alpha.exp().reshape(()), torch.exp(log_alpha - log_sigma).reshape(())
-        (mean,), best = _averages(position(x, alpha, rho, draw.low, draw.high), rho, draw, slopes=False)
-        return ((best if draw.straight_through else mean) * alpha).to(x.dtype)
+        ctx.save_for_backward(x, alpha, rho)
+        ctx.draw = draw
+        return _noisily(_relaxed, (x,), alpha, rho, draw)[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, log_alpha, log_sigma = ctx.saved_tensors
-        draw, g = ctx.draw, wide(grad)
-        alpha, rho = log_alpha.exp().reshape(()), torch.exp(log_alpha - log_sigma).reshape(())
-        r = position(x, alpha, rho, draw.low, draw.high)
-        (mean, s, ks, kks, raw, k_raw), best = _averages(r, rho, draw, slopes=True)
-        # covariances of k with S, k S and raw / 2: what is left of the slopes of log pi (see slopes_of)
-        with_s, with_ks, with_raw = ks - mean * s, kks - mean * ks, (k_raw - mean * raw) / 2
-        g_t = g * (rho / draw.temperature)
-        grad_x = -g_t * with_s
-        grid = best if draw.straight_through else mean
-        grad_alpha = (g * grid + g_t * (with_ks - with_raw)) * (alpha * draw.factor)
-        grad_sigma = g_t * (with_raw + r * with_s - with_ks) * (alpha * draw.factor)
-        return grad_x.to(x.dtype), grad_alpha.sum().reshape(1), grad_sigma.sum().reshape(1), None
+        x, alpha, rho = ctx.saved_tensors
+        grad_x, (by_alpha, by_sigma) = _noisily(_relaxed_backward, (grad, x), alpha, rho, ctx.draw)
+        return grad_x, by_alpha.reshape(1), by_sigma.reshape(1), None
+
+
+def _noisily(fn: Kernel, tensors: tuple[Tensor, ...], alpha: Tensor, rho: Tensor, draw: _Draw):
+    """The same random numbers at every call: a generator of its own, and blocks that depend on nothing else."""
+    generator = torch.Generator(device=alpha.device).manual_seed(draw.seed)
+    return evaluate(fn, tensors, (alpha, rho), (draw, generator), block=_BLOCK)
 
 
 class _Noisy(nn.Module):

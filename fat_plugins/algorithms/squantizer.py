@@ -24,6 +24,7 @@ from fat_plugins.errors import ConfigError
 from fat_plugins.figures import Figure
 from fat_plugins.forms import Codebook, Form, SumOfGrids, UniformGrid
 from fat_plugins.functional import wide
+from fat_plugins.kernels import evaluate
 from fat_plugins.quantizer import FrozenTensor, Params, Progress, TensorSpec, WeightQuantizer
 from fat_plugins.registry import Algorithm
 
@@ -71,6 +72,23 @@ class _Levels(NamedTuple):
     threshold: Tensor
 
 
+def _kept(out, w: Tensor, gap: Tensor, step: Tensor, first: Tensor, threshold: Tensor, n: int, whole: bool):
+    """Steps 4 to 6: ``sign * (gap + steps * step)`` of the survivors, or ``sign * steps * step`` when ``whole``."""
+    w = wide(w)
+    magnitude = w.abs()
+    keep = magnitude.clone().ge_(threshold)
+    steps = (magnitude if whole else magnitude.sub_(gap)).div_(step)
+    # as the form adds them up; the signs change nothing about the rounding
+    steps = torch.minimum(torch.maximum(steps, first), first + n).round_().mul_(step)
+    if not whole:
+        steps.add_(gap.clamp_min(0))
+    return torch.mul(steps, keep.mul_(torch.sign(w)), out=out), ()
+
+
+def _survivors(out, grad: Tensor, w: Tensor, threshold: Tensor):
+    return torch.mul(wide(w).abs().ge_(threshold), wide(grad), out=out), ()
+
+
 class _PassSurvivors(torch.autograd.Function):
     """``out``, whose gradient reaches the weights of at least ``threshold`` (section 4: masked, nothing else)."""
 
@@ -85,7 +103,7 @@ class _PassSurvivors(torch.autograd.Function):
         weight, threshold = ctx.saved_tensors
         if threshold is None:  # somebody else's mask: he decides what the pruned weights see
             return grad, None, None
-        return grad * (wide(weight).abs() >= threshold).to(grad.dtype), None, None
+        return evaluate(_survivors, (grad, weight), (threshold,))[0], None, None
 
 
 class SQuantizerWeight(WeightQuantizer):
@@ -163,12 +181,10 @@ class SQuantizerWeight(WeightQuantizer):
         if self.training and self.waiting:
             return weight
         with torch.autocast(weight.device.type, enabled=False), torch.no_grad():
-            w = wide(weight)
-            levels = self._levels(w)
-            gaps, steps = self._codes(w, levels)
-            # the same sum of products as the form's
-            out = steps * levels.step
-            out = (out if self.aligned or self.dense else gaps * levels.gap + out).to(weight.dtype)
+            levels = self._levels(wide(weight))
+            first = levels.first.to(levels.step.dtype)
+            scales = levels.gap, levels.step, first, levels.threshold
+            out, _ = evaluate(_kept, (weight,), scales, (self.n, self.aligned or self.dense))
         threshold = None if self.spec.keep_zeros or self.dense else levels.threshold
         return _PassSurvivors.apply(weight, out, threshold)
 

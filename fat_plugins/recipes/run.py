@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fat_plugins.errors import ConfigError
+from fat_plugins.kernels import using_backend
 from fat_plugins.recipes.checkpoint import (
     Checkpoint,
     cpu_state,
@@ -87,7 +88,11 @@ def train(
     for variant in (None, *recipe.baselines):
         for stage in recipe.training.stages:
             host.check(recipe.config_for(variant, stage), data.example)
-    with _directory(recipe, directory, overwrite, options, world, reporter) as target, _threads(recipe.threads):
+    with (
+        _directory(recipe, directory, overwrite, options, world, reporter) as target,
+        _threads(recipe.threads),
+        using_backend(recipe.backend),
+    ):
         own = {"--max-steps": options.max_steps, "number of processes": world.size}
         state = RunState(target, own, reporter.say, writes=world.main)
         context = Context(recipe, data, host, reporter, target, state, options, world, interrupts or Interrupts())

@@ -278,6 +278,11 @@ class Recipe(BaseModel):
         ge=1,
         description="CPU threads of torch; a fixed number gives the same numbers on every machine of a kind.",
     )
+    backend: Literal["auto", "eager", "compile"] | None = Field(
+        None,
+        description="How the quantizers' kernels run: 'compile' takes torch.compile where there is a compiler, 'auto' "
+        "does so on a GPU only; null leaves it to FAT_PLUGINS_BACKEND, else 'auto'.",
+    )
     model: ModelSection
     data: DataSection
     host: str = "nncf"

@@ -847,11 +847,11 @@ def test_no_host_synchronisation_with_masks(params, no_host_sync):
 
 
 def test_the_compiled_backward_is_the_same(monkeypatch):
-    from fat_plugins import functional, set_backend
+    from fat_plugins import kernels, set_backend
 
     x, grad = tensor(np.linspace(-2.5, 2.5, 60)), torch.randn(60, dtype=torch.float64)
     results = []
-    before = functional._backend, functional._compiler
+    before = kernels._backend, kernels._compiler
     try:
         for backend, compiler in (("eager", "inductor"), ("compile", "aot_eager")):
             set_backend(backend, compiler)

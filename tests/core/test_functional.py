@@ -8,7 +8,7 @@ import pytest
 import torch
 from universal import DRAWS_NOISE, cases, run, sample
 
-from fat_plugins import ConfigError, get_backend, set_backend
+from fat_plugins import ConfigError, get_backend, kernels, set_backend
 from fat_plugins import functional as F
 
 # dynamo's own use of what torch has deprecated
@@ -21,7 +21,7 @@ def backend():
     before = get_backend()
     yield set_backend
     set_backend(before)
-    F._compiled.clear()
+    kernels._compiled.clear()
     torch._dynamo.reset()
 
 
@@ -63,7 +63,7 @@ def check_against_eager(set_backend, compiler, chosen, granularity=(False, True)
             expected = evaluate(fn, per_channel=per_channel)
             set_backend("compile", compiler)
             actual = evaluate(fn, per_channel=per_channel)
-            assert F._compiled, "nothing was compiled"
+            assert kernels._compiled, "nothing was compiled"
             for a, e in zip(actual, expected, strict=True):
                 torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -106,7 +106,7 @@ def test_quantizers_inside_a_compiled_model(case, backend):
 def test_auto_compiles_only_on_cuda(backend):
     backend("auto")
     evaluate(next(functions())[1])
-    assert not F._compiled
+    assert not kernels._compiled
 
 
 def test_unknown_backends_are_refused():

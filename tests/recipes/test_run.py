@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+from fat_plugins import get_backend, kernels
 from fat_plugins.errors import CheckpointError, ConfigError, HostError
 from fat_plugins.quantizer import named_quantizers
 from fat_plugins.recipes import checkpoint_path, load_checkpoint, load_run, save_checkpoint, train
@@ -107,6 +108,17 @@ def test_threads_are_set_for_the_run_and_restored(toy_host, load, recipe_text, t
     train(load(recipe_text.replace("seeds: [3]", "seeds: [3]\nthreads: 3")), tmp_path / "run")
     assert seen == [3, 3]
     assert torch.get_num_threads() == before
+
+
+def test_the_backend_is_set_for_the_run_and_restored(toy_host, load, recipe_text, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "_compiler", "eager")  # whatever compiler this machine has
+    before, seen = get_backend(), []
+    monkeypatch.setattr(Trainer, "run", lambda self: seen.append(get_backend()) or [])
+    train(load(recipe_text.replace("seeds: [3]", "seeds: [3]\nbackend: compile")), tmp_path / "run")
+    assert seen == ["compile", "compile"]
+    assert get_backend() == before
+    with pytest.raises(ConfigError, match=r"backend.*did you mean 'compile'"):
+        load(recipe_text.replace("seeds: [3]", "seeds: [3]\nbackend: compiled"))
 
 
 # -- bit progressions ------------------------------------------------------------------------------------------------

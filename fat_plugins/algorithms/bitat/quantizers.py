@@ -13,6 +13,7 @@ from fat_plugins.algorithms.bitat.maths import ALPHA_FLOOR, Moments, groups_of, 
 from fat_plugins.errors import QuantizationError
 from fat_plugins.forms import Codebook, Form, Staircase
 from fat_plugins.functional import per_channel_view, positive, wide
+from fat_plugins.kernels import evaluate, total
 from fat_plugins.quantizer import ActivationQuantizer, FrozenTensor, Params, TensorSpec, WeightQuantizer
 
 
@@ -50,22 +51,49 @@ class BiTATParams(Params):
 # --------------------------------------------------------------------------------------------------------------------
 # autograd
 # --------------------------------------------------------------------------------------------------------------------
+def _signs(x: Tensor, above: Tensor) -> Tensor:
+    """-1 and +1 from ``above`` (0 and 1, overwritten); NaN where ``x`` is NaN."""
+    return x.clamp(-1, 1).mul_(0).add_(above.mul_(2).sub_(1))
+
+
+def _binary(out, theta: Tensor, alpha: Tensor):
+    theta = wide(theta)
+    return torch.mul(_signs(theta, theta.clone().ge_(0)), alpha, out=out), ()
+
+
+def _binary_backward(out, grad: Tensor, theta: Tensor, alpha: Tensor):
+    g, theta = wide(grad), wide(theta)
+    by_alpha = theta.clone().ge_(0).mul_(2).sub_(1).mul_(g)
+    return torch.mul(theta.abs().le_(1), g, out=out), (total(by_alpha, alpha),)
+
+
 class _BinaryWeight(torch.autograd.Function):
     """``alpha * sgn(theta)``; section 4.1: ``dtheta = G [|theta| <= 1]``, ``dalpha = sum G sgn(theta)``."""
 
     @staticmethod
     def forward(ctx, theta, alpha):
         ctx.save_for_backward(theta, alpha)
-        out = torch.where(theta >= 0, alpha, -alpha)
-        return torch.where(torch.isnan(theta), theta.to(out.dtype), out)
+        return evaluate(_binary, (theta,), (alpha,))[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         theta, alpha = ctx.saved_tensors
-        grad_theta = (grad * (theta.abs() <= 1)).to(theta.dtype) if ctx.needs_input_grad[0] else None
-        grad_alpha = (grad * sign(theta)).sum_to_size(alpha.shape) if ctx.needs_input_grad[1] else None
-        return grad_theta, grad_alpha
+        by_theta, (by_alpha,) = evaluate(_binary_backward, (grad, theta), (alpha,))
+        need_theta, need_alpha = ctx.needs_input_grad
+        return by_theta if need_theta else None, by_alpha.reshape(alpha.shape) if need_alpha else None
+
+
+def _above(out, x: Tensor, beta: Tensor, threshold: Tensor):
+    x = wide(x)
+    signs = _signs(x, torch.gt(x, threshold, out=torch.empty_like(x)))
+    return signs if out is None else out.copy_(signs), ()
+
+
+def _above_backward(out, grad: Tensor, x: Tensor, beta: Tensor):
+    slope = torch.add(wide(x), beta).abs_().mul_(-2).add_(2).clamp_(min=0)
+    slope = torch.nan_to_num_(slope, nan=0.0).mul_(wide(grad))
+    return slope if out is None else out.copy_(slope), (total(slope, beta),)
 
 
 class _Sign(torch.autograd.Function):
@@ -74,16 +102,14 @@ class _Sign(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, beta, threshold):
         ctx.save_for_backward(x, beta)
-        out = torch.where(wide(x) > threshold, 1.0, -1.0).to(x.dtype)
-        return torch.where(torch.isnan(x), x, out)
+        return evaluate(_above, (x,), (beta, threshold))[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, beta = ctx.saved_tensors
-        slope = torch.add(wide(x), beta).abs_().mul_(-2).add_(2).clamp_(min=0)
-        slope = torch.nan_to_num_(slope, nan=0.0).mul_(grad)
-        return slope.to(x.dtype), slope.sum_to_size(beta.shape), None
+        by_x, (by_beta,) = evaluate(_above_backward, (grad, x), (beta,))
+        return by_x, by_beta.reshape(beta.shape), None
 
 
 class _Hold(torch.autograd.Function):
