@@ -67,7 +67,7 @@ def test_the_clip_starts_where_the_error_is_least():
     fresh = get_algorithm("apot").make(quantizer.spec)
     fresh.calibrate(w)
     errors = []
-    for alpha in (0.5, float(fresh.alpha), 3.0):
+    for alpha in (0.5, float(fresh.alpha.detach()), 3.0):
         with torch.no_grad():
             fresh.alpha.fill_(alpha)
             errors.append(float((fresh(w) - fresh.rounded(w)).square().mean()))
