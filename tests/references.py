@@ -417,3 +417,15 @@ def lq_nets_weight(rows, basis):
         levels = np.sort(signs @ basis[:, i if basis.shape[1] > 1 else 0])
         out[i] = levels[np.abs(row[:, None] - levels).argmin(1)]
     return out
+
+
+def slb_weight(logits, scale, temperature, grad, hard):
+    """slb.md sections 3 and 4, rows C x n of logits C x n x m; ``scale`` is the value of the outermost level."""
+    m = logits.shape[-1]
+    v = -1 + 2 * np.arange(m) / (m - 1)
+    e = np.exp(temperature * (logits - logits.max(-1, keepdims=True)))
+    p = e / e.sum(-1, keepdims=True)
+    soft = (p * v).sum(-1)
+    out = v[logits.argmax(-1)] if hard else soft
+    da = temperature * p * (v - soft[..., None]) * (grad * scale[:, None])[..., None]
+    return out * scale[:, None], da

@@ -26,6 +26,7 @@ from references import (
     lsq_plus_activation,
     minmax_weight,
     pact,
+    slb_weight,
     soft_steps,
     squantize,
 )
@@ -92,6 +93,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"levels": "uniform", "uniform_thresholds": True},
         {"backward": "t1", "activation_backward": "t1", "strict": True, "activation_temperature": 40.0},
     ],
+    "slb": [{}, {"scale": "max", "alpha": None, "optimizer": "sgd"}, {"init": "he"}],
     "squantizer": [{}, {"grid": "aligned"}, {"sigma": 0.6, "alpha": None}, {"sigma": None, "alpha": 3.0}],
 }
 #: these keep tensors of their own transformation for the backward
@@ -379,6 +381,16 @@ def _lq_nets_weight(quantizer, x, grad):
     return np.moveaxis(out.reshape(rows.shape), 0, axis), grad, {}
 
 
+def _slb_weight(quantizer, x, grad):
+    rows = np.moveaxis(grad, quantizer.spec.channel_axis, 0)
+    scale = quantizer.scale.numpy() * np.ones(len(rows))
+    out, da = slb_weight(
+        quantizer.logits.detach().numpy(), scale, quantizer.temperature.item(), rows.reshape(len(rows), -1),
+        hard=not quantizer.training,
+    )  # fmt: skip
+    return np.moveaxis(out.reshape(rows.shape), 0, quantizer.spec.channel_axis), np.zeros_like(x), {"logits": da}
+
+
 REFERENCES = {
     ("apot", "weight"): _apot_weight,
     ("apot", "activation"): _apot_activation,
@@ -398,6 +410,8 @@ REFERENCES = {
     ("rq", "activation"): _rq,
     ("direct", "weight"): _direct_weight,
     ("direct", "activation"): _direct_activation,
+    ("slb", "weight"): _slb_weight,
+    ("slb", "activation"): _pact_activation,
     ("dorefa", "weight"): _dorefa_weight,
     ("dorefa", "activation"): _dorefa_activation,
     ("pact", "weight"): _dorefa_weight,
@@ -415,7 +429,7 @@ REFERENCES = {
 
 def clip_is_given(case: Case) -> bool:
     """Whether the range of an activation does not come from calibration."""
-    if case.algorithm in ("pact", "squantizer"):
+    if case.algorithm in ("pact", "slb", "squantizer"):
         return case.params.get("alpha", 10.0) is not None
     return case.algorithm in FIXED_VALUES or "activation_alpha" in case.params
 
@@ -434,7 +448,7 @@ def scale_invariant(case: Case) -> bool:
     """Whether the codes do not change when the tensor is multiplied by a power of two before calibration."""
     if case.role == "activation":
         return not clip_is_given(case)
-    if case.params.get("init") == "authors":  # LQ-Nets' constants for He's initialisation
+    if case.params.get("init") in ("authors", "he"):  # constants for training from scratch
         return False
     # tanh is no linear function
     return case.params.get("transform") != "uniquant" and case.algorithm not in ("dorefa", "pact")
