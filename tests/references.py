@@ -368,3 +368,64 @@ def squantize(w, bits, sigma=0.0, grid="paper", mask=None, grad=None):
     if grad is not None:
         out["dw"] = grad * mask
     return out
+
+
+def apot_levels(bits, signed):
+    """Magnitudes of baselines.md section 3 as fractions of the largest, by sums over the sets that it names."""
+    sets = {
+        1: ([0, 1],),
+        2: ([0, 1 / 2, 1 / 4, 1 / 8],),
+        3: ([0, 1 / 2, 1 / 4, 1 / 16], [0, 1 / 8]),
+        4: ([0, 2**-1, 2**-3, 2**-5], [0, 2**-2, 2**-4, 2**-6]),
+        5: ([0, 2**-1, 2**-3, 2**-6], [0, 2**-2, 2**-4, 2**-7], [0, 2**-5]),
+    }[bits - 1 if signed else bits]
+    sums = np.zeros(1)
+    for terms in sets:
+        sums = (sums[:, None] + np.array(terms, dtype=np.float64)).reshape(-1)
+    grid = np.unique(sums) / sums.max()
+    return np.unique(np.concatenate([-grid, grid])) if signed else grid
+
+
+def apot_project(x, alpha, levels, grad, clip_x=True):
+    """``alpha P(clip(x / alpha))`` with section 4's gradients of ``x`` and ``alpha``."""
+    u = x / alpha
+    clipped = np.clip(u, levels[0], levels[-1])
+    q = levels[np.abs(clipped[..., None] - levels).argmin(-1)]
+    inside = u == clipped
+    dalpha = float((grad * np.where(inside, q - u, clipped)).sum())
+    return q * alpha, (grad * inside if clip_x else grad), dalpha
+
+
+def apot_weight(w, alpha, bits, restore, grad):
+    """baselines.md sections 3, 4 and 10: the gradient passes through mean and deviation."""
+    n, mean, std = w.size, w.mean(), w.std(ddof=1)
+    wn = (w - mean) / std
+    levels = apot_levels(bits, True)
+    if restore:  # w - mean on a grid whose clip is alpha std
+        out, dx, dclip = apot_project(w - mean, alpha * std, levels, grad, bits > 2)
+        return out, dx - dx.mean() + dclip * alpha * wn / (n - 1), dclip * std
+    out, dx, dalpha = apot_project(wn, alpha, levels, grad, bits > 2)
+    return out, (dx - dx.mean() - wn * (dx * wn).sum() / (n - 1)) / std, dalpha
+
+
+def lq_nets_weight(rows, basis):
+    """Nearest of the levels ``v^T e`` row by row, ``e`` in {-1, +1}^K; a tie goes to the lower level."""
+    bits = len(basis)
+    signs = np.array([[1 if c >> k & 1 else -1 for k in range(bits)] for c in range(2**bits)])
+    out = np.empty_like(rows)
+    for i, row in enumerate(rows):
+        levels = np.sort(signs @ basis[:, i if basis.shape[1] > 1 else 0])
+        out[i] = levels[np.abs(row[:, None] - levels).argmin(1)]
+    return out
+
+
+def slb_weight(logits, scale, temperature, grad, hard):
+    """slb.md sections 3 and 4, rows C x n of logits C x n x m; ``scale`` is the value of the outermost level."""
+    m = logits.shape[-1]
+    v = -1 + 2 * np.arange(m) / (m - 1)
+    e = np.exp(temperature * (logits - logits.max(-1, keepdims=True)))
+    p = e / e.sum(-1, keepdims=True)
+    soft = (p * v).sum(-1)
+    out = v[logits.argmax(-1)] if hard else soft
+    da = temperature * p * (v - soft[..., None]) * (grad * scale[:, None])[..., None]
+    return out * scale[:, None], da

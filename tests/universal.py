@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from references import (
+    apot_levels,
+    apot_project,
+    apot_weight,
     bitat_activation,
     bitat_weight,
     cpq,
@@ -18,10 +21,12 @@ from references import (
     dorefa_weight,
     fat_activation,
     fat_weight,
+    lq_nets_weight,
     lsq,
     lsq_plus_activation,
     minmax_weight,
     pact,
+    slb_weight,
     soft_steps,
     squantize,
 )
@@ -52,6 +57,7 @@ CONV = LAYERS[0]
 
 #: parameter sets to exercise, beside the defaults
 OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "apot": [{}, {"restore_scale": True, "alpha": 2.0, "activation_alpha": 2.0}],
     "bitat": [{}, {"alpha": "mean_abs"}],
     "direct": [
         {},
@@ -68,6 +74,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"levels": "power_of_two", "variant": "imagenet", "restore_scale": True},
         {"restore_scale": True, "activation_alpha": 2.0},
     ],
+    "lq_nets": [{}, {"init": "authors"}],
     "minmax": [{}, {"momentum": 0.5}],
     "dropbits": [
         {},
@@ -86,10 +93,11 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"levels": "uniform", "uniform_thresholds": True},
         {"backward": "t1", "activation_backward": "t1", "strict": True, "activation_temperature": 40.0},
     ],
+    "slb": [{}, {"scale": "max", "alpha": None, "optimizer": "sgd"}, {"init": "he"}],
     "squantizer": [{}, {"grid": "aligned"}, {"sigma": 0.6, "alpha": None}, {"sigma": None, "alpha": 3.0}],
 }
 #: these keep tensors of their own transformation for the backward
-TRANSFORMS_WEIGHTS = {"fat", "dorefa", "pact"}
+TRANSFORMS_WEIGHTS = {"apot", "fat", "dorefa", "pact"}
 #: a level need not lie between the thresholds of its own cell, so these are not idempotent on activations
 FREE_THRESHOLDS = {"quantization_networks"}
 #: zero does not count among the 2^b levels of their weights: it is stored as sparsity
@@ -352,7 +360,42 @@ def _squantizer_weight(quantizer, x, grad):
     return r["wq"], r["dw"], {}
 
 
+def _apot_weight(quantizer, x, grad):
+    out, dx, dalpha = apot_weight(x, quantizer.alpha.item(), quantizer.spec.bits, quantizer.restore, grad)
+    return out, dx, {"alpha": np.asarray(dalpha)}
+
+
+def _apot_activation(quantizer, x, grad):
+    levels = apot_levels(quantizer.spec.bits, quantizer.signed)
+    out, dx, dalpha = apot_project(x, quantizer.alpha.item(), levels, grad)
+    return out, dx, {"alpha": np.asarray(dalpha)}
+
+
+def _lq_nets_weight(quantizer, x, grad):
+    axis, basis = quantizer.spec.channel_axis, quantizer.basis.double().numpy()
+    rows = np.moveaxis(x, axis, 0)
+    out = lq_nets_weight(rows.reshape(basis.shape[1], -1), basis)
+    if quantizer.params.grid:
+        step = np.abs(basis).sum(0)[:, None] / 127
+        out = np.round(out / step) * step
+    return np.moveaxis(out.reshape(rows.shape), 0, axis), grad, {}
+
+
+def _slb_weight(quantizer, x, grad):
+    rows = np.moveaxis(grad, quantizer.spec.channel_axis, 0)
+    scale = quantizer.scale.numpy() * np.ones(len(rows))
+    out, da = slb_weight(
+        quantizer.logits.detach().numpy(), scale, quantizer.temperature.item(), rows.reshape(len(rows), -1),
+        hard=not quantizer.training,
+    )  # fmt: skip
+    return np.moveaxis(out.reshape(rows.shape), 0, quantizer.spec.channel_axis), np.zeros_like(x), {"logits": da}
+
+
 REFERENCES = {
+    ("apot", "weight"): _apot_weight,
+    ("apot", "activation"): _apot_activation,
+    ("lq_nets", "weight"): _lq_nets_weight,
+    ("lq_nets", "activation"): _direct_activation,
     ("quantization_networks", "weight"): _quantization_networks(_qn_weight_mode, lambda p: p.temperature, 2000),
     ("quantization_networks", "activation"): _quantization_networks(
         lambda q: q.params.activation_backward, lambda p: p.activation_temperature or p.temperature, np.inf
@@ -367,6 +410,8 @@ REFERENCES = {
     ("rq", "activation"): _rq,
     ("direct", "weight"): _direct_weight,
     ("direct", "activation"): _direct_activation,
+    ("slb", "weight"): _slb_weight,
+    ("slb", "activation"): _pact_activation,
     ("dorefa", "weight"): _dorefa_weight,
     ("dorefa", "activation"): _dorefa_activation,
     ("pact", "weight"): _dorefa_weight,
@@ -384,7 +429,7 @@ REFERENCES = {
 
 def clip_is_given(case: Case) -> bool:
     """Whether the range of an activation does not come from calibration."""
-    if case.algorithm in ("pact", "squantizer"):
+    if case.algorithm in ("pact", "slb", "squantizer"):
         return case.params.get("alpha", 10.0) is not None
     return case.algorithm in FIXED_VALUES or "activation_alpha" in case.params
 
@@ -403,5 +448,7 @@ def scale_invariant(case: Case) -> bool:
     """Whether the codes do not change when the tensor is multiplied by a power of two before calibration."""
     if case.role == "activation":
         return not clip_is_given(case)
+    if case.params.get("init") in ("authors", "he"):  # constants for training from scratch
+        return False
     # tanh is no linear function
     return case.params.get("transform") != "uniquant" and case.algorithm not in ("dorefa", "pact")
