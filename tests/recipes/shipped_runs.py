@@ -143,11 +143,12 @@ def check(tiny: TinyRun) -> None:
     for numbers in (stage["before_training"], epoch):
         assert math.isfinite(numbers["validation_loss"]) and 0 <= numbers["validation_accuracy"] <= 1
     assert math.isfinite(epoch["train_loss"])
-    section = recipe.config_for(None, recipe.training.stages[-1])["compression"]
+    sections = [s for _, s in schema.plugin_sections(recipe.config_for(None, recipe.training.stages[-1]))]
     for role, group in (("weight", "weights"), ("activation", "activations")):
-        own = [q for _, q in named_quantizers(tiny.model) if q.role == role and q.algorithm == recipe.algorithm]
-        wanted = set() if "ignored_scopes" in section.get(group, {}) else {section[group]["bits"]}
-        assert {q.spec.bits for q in own} == wanted, role
+        for section in sections:
+            own = [q for _, q in named_quantizers(tiny.model) if (q.role, q.algorithm) == (role, section["algorithm"])]
+            wanted = set() if "ignored_scopes" in section.get(group, {}) else {section[group]["bits"]}
+            assert {q.spec.bits for q in own} == wanted, role
     starts = load_checkpoint(tiny.directory / "checkpoint" / "float.safetensors").state
     kept = [key for key in starts if key in last.state and key.endswith("bias")]
     assert any(not torch.equal(starts[key], last.state[key]) for key in kept)

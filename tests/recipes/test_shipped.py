@@ -1,10 +1,13 @@
 """The recipes of the papers: all of them load; the files beside this one train every one for two steps."""
 
+import re
+
 import pytest
 from shipped_runs import HAS_VISION, NAMES
 
 from fat_plugins.errors import FatPluginsError
 from fat_plugins.recipes import load_recipe
+from fat_plugins.recipes.report import label
 
 vision = pytest.mark.skipif(not HAS_VISION, reason="torchvision is not installed")
 
@@ -15,19 +18,18 @@ def test_recipe_loads(name):
     assert recipe.name == name.replace("/", "_")
     assert recipe.data.name == name.split("/")[0]
     assert (recipe.model.weights is not None) == name.startswith("imagenet/")
-    last = recipe.config_for(None, recipe.training.stages[-1])["compression"]
-    bits = f"w{last['weights']['bits']}" + (
-        f"a{last['activations']['bits']}" if "bits" in last.get("activations", {}) else ""
-    )
-    assert name.removesuffix("_brevitas").endswith(f"_{bits}")
-    assert f"_{recipe.algorithm}_" in name
+    text = label(recipe.config_for(None, recipe.training.stages[-1]))
+    parts = [part.lower().removesuffix("a32").replace(" ", "_") for part in text.split(" + ")]
+    words = re.sub("_(brevitas|log|tied|learned)", "", name)  # what a name says beyond algorithms and bits
+    assert words.endswith("_" + "_first_last_".join(parts))
 
 
 def test_every_algorithm_has_a_recipe():
     from fat_plugins.registry import algorithms
 
     used = {load_recipe(n).algorithm for n in NAMES if n.startswith("cifar")}
-    assert used == set(algorithms()) - {"minmax"}
+    assert "fat+lsq" in used
+    assert used - {"fat+lsq"} == set(algorithms()) - {"minmax"}
 
 
 def test_missing_images_are_one_line(tmp_path):
