@@ -30,7 +30,16 @@ if HAS_VISION:
     import_torchvision()
 
 NAMES = [name for name in sorted(shipped()) if "/" in name]
-#: depth and width of the families of 32x32 networks
+#: runs that go on to export and verification: the form and bits of what kind of tensor are looked for in the files
+EXPORTED = {
+    "cifar10/vgg_small_fat_w4a4": ("weight", "uniform", 4),
+    "cifar10/resnet20_fat_log_w3a3": ("weight", "codebook", 3),
+    "cifar10/resnet20_bitat_w1a1": ("weight", "codebook", 1),
+    "imagenet/resnet18_quantization_networks_w1a2": ("activation", "staircase", 2),
+    "cifar10/resnet20_fat_w2a2_first_last_lsq_w8a8": ("activation", "uniform", 2),
+    "cifar10/resnet20_fat_w4a4_brevitas": ("weight", "uniform", 4),
+}
+#: what makes the families of 32x32 networks thin of 32x32 networks
 SMALL = {"mobilenet": "model.params.width=0.25", "vgg": "model.params.width=8", "resnet": "model.params.width=4"}
 #: runs with the whole depth
 DEEP = ("cifar10/resnet56_squantizer_w4a4", "imagenet/resnet50_lsq_w4a4")
@@ -38,9 +47,14 @@ DEEP = ("cifar10/resnet56_squantizer_w4a4", "imagenet/resnet50_lsq_w4a4")
 THIN = 8
 
 
-def of_host(host: str, folder: str = "") -> list[str]:
+def of_host(host: str) -> list[str]:
     """Recipes for a host."""
-    return [name for name in NAMES if name.startswith(folder) and load_recipe(name).host == host]
+    return [name for name in NAMES if load_recipe(name).host == host]
+
+
+def only_trained(folder: str) -> list[str]:
+    """Recipes for NNCF that are not among :data:`EXPORTED`."""
+    return [name for name in of_host("nncf") if name.startswith(folder) and name not in EXPORTED]
 
 
 def needs(host: str) -> pytest.MarkDecorator:

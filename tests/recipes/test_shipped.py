@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from shipped_runs import HAS_VISION, NAMES
+from shipped_runs import EXPORTED, HAS_VISION, NAMES, only_trained
 
 from fat_plugins.errors import FatPluginsError
 from fat_plugins.recipes import load_recipe
@@ -30,6 +30,12 @@ def test_every_algorithm_has_a_recipe():
     used = {load_recipe(n).algorithm for n in NAMES if n.startswith("cifar")}
     assert "fat+lsq" in used
     assert used - {"fat+lsq"} == set(algorithms()) - {"minmax"}
+
+
+def test_every_recipe_is_run():
+    trained = [*only_trained("cifar"), *(only_trained("imagenet") if HAS_VISION else [])]
+    names = [name for name in NAMES if HAS_VISION or not name.startswith("imagenet")]
+    assert sorted([*trained, *(name for name in EXPORTED if name in names)]) == names
 
 
 def test_missing_images_are_one_line(tmp_path):

@@ -1,7 +1,7 @@
 """Every shipped recipe for ImageNet trains for two steps."""
 
 import pytest
-from shipped_runs import HAS_VISION, check, images, needs, of_host, tiny_run
+from shipped_runs import HAS_VISION, check, images, needs, only_trained, tiny_run
 
 if not HAS_VISION:
     pytest.skip("torchvision is not installed", allow_module_level=True)
@@ -13,10 +13,6 @@ def root(tmp_path_factory):
     return images(tmp_path_factory.mktemp("data"))["imagenet"]
 
 
-def test_all_of_them_are_for_nncf():
-    assert of_host("brevitas", "imagenet") == []
-
-
-@pytest.mark.parametrize("name", of_host("nncf", "imagenet"))
+@pytest.mark.parametrize("name", only_trained("imagenet"))
 def test_recipe_trains_for_two_steps(name, root, tmp_path, monkeypatch):
     check(tiny_run(name, root, tmp_path, monkeypatch))
