@@ -11,6 +11,7 @@ from pathlib import Path
 import plain_net
 import pytest
 import torch
+from cuts import assert_same_run
 
 from fat_plugins.errors import CheckpointError, ConfigError
 from fat_plugins.recipes import Options, load_checkpoint, load_recipe, train
@@ -117,6 +118,61 @@ def test_a_process_that_fails_ends_all_and_the_run_goes_on(tmp_path, toy_host):
         assert code == 0, err
     train(load_recipe(recipe(tmp_path, "nncf", 100)), tmp_path / "one")
     assert_close_runs(tmp_path / "one", tmp_path / "two", 1e-4)
+
+
+#: everything that changes a step beside the optimizer
+EXTRAS = """\
+training:
+  epochs: 3
+  optimizer: {name: sgd, lr: 0.02}
+  label_smoothing: 0.1
+  clip_norm: 0.5
+  amp: AMP
+  ema: {decay: 0.8}
+  distillation: {alpha: 0.5, temperature: 2.0}
+"""
+
+
+def recipe_with_extras(folder, batch, amp):
+    text = RECIPE.replace("HOST", "nncf").replace("algorithm: dropbits", "algorithm: lsq")
+    text = text[: text.index("training:")] + EXTRAS + text[text.index("export:") :].replace("[lsq]", "[]")
+    path = folder / f"{batch}_{amp}.yaml"
+    path.write_text(text.replace("BATCH", str(batch)).replace("AMP", amp))
+    return path
+
+
+def assert_close_states(one, other, tolerance):
+    """Final weights of two runs, and what the training moved them by."""
+    a, b = (load_checkpoint(d / "checkpoint" / "last.safetensors").state for d in (one, other))
+    start = load_checkpoint(one / "checkpoint" / "float.safetensors").state
+    assert list(a) == list(b)
+    for key, tensor in a.items():
+        assert float((tensor.double() - b[key].double()).abs().max()) <= tolerance, key
+    assert float((a["conv3.bias"] - start["conv3.bias"]).abs().max()) > 20 * tolerance
+
+
+@pytest.mark.parametrize(("amp", "tolerance"), [("null", 1e-5), ("bf16", 1e-4)])
+def test_averages_teacher_and_clipping_are_those_of_one_process(tmp_path, toy_host, amp, tolerance):
+    for code, _, err in start_two(tmp_path, recipe_with_extras(tmp_path, 50, amp), "-o", "two", words="toy"):
+        assert code == 0, err
+    train(load_recipe(recipe_with_extras(tmp_path, 100, amp)), tmp_path / "one")
+    assert_close_states(tmp_path / "one", tmp_path / "two", tolerance)
+    one, two = (json.loads((tmp_path / n / "metrics.json").read_text())["quantized"] for n in ("one", "two"))
+    for a, b in zip(one["stages"][0]["epochs"], two["stages"][0]["epochs"], strict=True):
+        assert abs(a["train_loss"] - b["train_loss"]) < 10 * tolerance
+        assert abs(a["validation_loss"] - b["validation_loss"]) < 10 * tolerance
+
+
+def test_averages_and_teacher_of_two_processes_go_on_exactly(tmp_path):
+    path = recipe_with_extras(tmp_path, 50, "null")
+    for code, _, err in start_two(tmp_path, path, "-o", "whole", "-q", words="toy"):
+        assert code == 0, err
+    args = [path, "-o", "cut", "--save-every", "1", "-q"]
+    failed = start_two(tmp_path, *args, words="toy fail2")
+    assert [code for code, _, _ in failed] == [2, 2]
+    for code, _, err in start_two(tmp_path, *args, "--resume", words="toy"):
+        assert code == 0, err
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 def _trainer_and_state(run):
