@@ -37,9 +37,9 @@ def test_a_process_that_fails_ends_all_and_the_run_goes_on(tmp_path, toy_host):
 EXTRAS = """\
 training:
   epochs: 3
-  optimizer: {name: sgd, lr: 0.02}
+  optimizer: {name: sgd, lr: 0.3}
   label_smoothing: 0.1
-  clip_norm: 0.5
+  clip_norm: 0.03
   amp: AMP
   ema: {decay: 0.8}
   distillation: {alpha: 0.5, temperature: 2.0}
