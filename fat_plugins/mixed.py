@@ -6,7 +6,7 @@ tensor is quantized comes from its section, what holds for the whole model must 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from pydantic import PrivateAttr
@@ -21,6 +21,8 @@ _SHARED = (
     "initializer", "compression_lr_multiplier", "validate_scopes", "preset", "quantize_inputs", "quantize_outputs",
     "overflow_fix", "export_to_onnx_standard_ops",
 )  # fmt: skip
+
+_JOINT = "+"
 
 
 def _overlap(one: CompressionConfig, other: CompressionConfig, what: str) -> str:
@@ -87,6 +89,16 @@ class MixedConfig(CompressionConfig):
         return claiming[0].resolve(spec, matches, edge)
 
 
+def joint_name(algorithms: Iterable[str]) -> str:
+    """One name for a model in which several algorithms take part: ``fat+lsq``."""
+    return _JOINT.join(dict.fromkeys(algorithms))
+
+
+def algorithms_of(name: str) -> list[str]:
+    """The names that :func:`joint_name` was made of."""
+    return name.split(_JOINT) if name else []
+
+
 def parse_sections(sections: Sequence[tuple[str, dict[str, Any]]]) -> CompressionConfig:
     """One config from the sections of this package in a ``compression`` list.
 
@@ -97,4 +109,4 @@ def parse_sections(sections: Sequence[tuple[str, dict[str, Any]]]) -> Compressio
     return parts[0] if len(parts) == 1 else MixedConfig.of(parts)
 
 
-__all__ = ["MixedConfig", "parse_sections"]
+__all__ = ["MixedConfig", "algorithms_of", "joint_name", "parse_sections"]

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import mean
 from typing import Any
 
 from rich.table import Table
 from torch import nn
 
+from fat_plugins.config import DEFAULT_BITS, PLAIN_BITS
 from fat_plugins.errors import CheckpointError
+from fat_plugins.mixed import algorithms_of
 from fat_plugins.recipes.deploy import Deployment, LayerRow
-from fat_plugins.recipes.schema import Recipe, plugin_section
+from fat_plugins.recipes.schema import Recipe, plugin_sections
 from fat_plugins.recipes.targets import TARGETS, Target
 from fat_plugins.registry import get_algorithm
+from fat_plugins.scopes import as_list
 
 #: columns of a terminal from which on the whole table of layers fits
 WIDE = 140
 #: columns of the table of layers that only some runtimes can fill
 _KERNEL_COLUMNS = ("ran as", "kernel")
+#: scopes that leave out all layers
+_EVERYTHING = ("{re}.*", "{re}.+", "{re}")
+_FLOAT_BITS = 32
 
 
 @dataclass
@@ -44,11 +50,40 @@ def _percent(values: list[float]) -> str:
     return text if len(values) == 1 else f"{text} ({min(values):.2%} to {max(values):.2%})"
 
 
-def _label(config: dict[str, Any], algorithm: str) -> str:
-    """``FAT W4A4``."""
-    section = plugin_section(config)
-    bits = [section.get(g, {}).get("bits", 4) for g in ("weights", "activations")]
-    return f"{algorithm.upper()} W{bits[0]}A{bits[1]}"
+def _bits(section: dict[str, Any]) -> str:
+    """``W4A4``; 32 for a group that its scopes leave float."""
+    widths = []
+    for group in (section.get("weights", {}), section.get("activations", {})):
+        everything = any(scope in _EVERYTHING for scope in as_list(group.get("ignored_scopes")))
+        widths.append(_FLOAT_BITS if everything else group.get("bits", DEFAULT_BITS))
+    return f"W{widths[0]}A{widths[1]}"
+
+
+def label(config: dict[str, Any]) -> str:
+    """``FAT W4A4``, or of several sections ``FAT W2A2 + LSQ W8A8``."""
+    return " + ".join(f"{s['algorithm'].upper()} {_bits(s)}" for _, s in plugin_sections(config))
+
+
+def _widths(config: dict[str, Any]) -> str:
+    """``W4A4``, or of several sections ``W2A2 + W8A8``."""
+    return " + ".join(_bits(s) for _, s in plugin_sections(config))
+
+
+def _layers(config: dict[str, Any]) -> str:
+    """Which layers every section of this package quantizes, in words."""
+    sections, texts = plugin_sections(config), []
+    for _, section in sections:
+        which = "all convolutions and linear layers"
+        if targets := as_list(section.get("target_scopes")):
+            which = f"the layers {', '.join(targets)}"
+        if ignored := as_list(section.get("ignored_scopes")):
+            which += f" but {', '.join(ignored)}"
+        text = f"weights and inputs of {which}"
+        edges = [(edge, section.get(f"{edge}_layer", PLAIN_BITS)) for edge in ("first", "last")]
+        if len(sections) == 1 or any(bits != "same" for _, bits in edges):
+            text += f"; bits of the {', '.join(f'{edge} layer: {bits}' for edge, bits in edges)}"
+        texts.append(text if len(sections) == 1 else f"{_bits(section)}: {text}")
+    return ". ".join(texts)
 
 
 def _phase(section: Any) -> str:
@@ -76,23 +111,18 @@ class RunReport:
         """Put a report together."""
         parameters = sum(p.numel() for p in model.parameters())
         stages = recipe.training.stages
-        labels, training = {}, []
-        for baseline in (None, *recipe.baselines):
-            config = recipe.config_for(baseline, stages[-1])
-            algorithm = plugin_section(config)["algorithm"]
-            labels[algorithm] = _label(config, algorithm)
-        for stage in stages:
-            bits = _label(recipe.config_for(None, stage), "").strip()
-            training.append(f"{bits}: {_phase(recipe.phase(stage))}")
-        section = plugin_section(recipe.compression)
-        edges = [f"{edge} layer: {section.get(f'{edge}_layer', 8)}" for edge in ("first", "last")]
+        names = [recipe.algorithm, *(b.algorithm for b in recipe.baselines)]
+        configs = [recipe.config_for(baseline, stages[-1]) for baseline in (None, *recipe.baselines)]
+        labels = {name: label(config) for name, config in zip(names, configs, strict=True)}
+        training = [f"{_widths(recipe.config_for(None, s))}: {_phase(recipe.phase(s))}" for s in stages]
+        used = dict.fromkeys(algorithm for name in names for algorithm in algorithms_of(name))
         facts = {
             "Data": data,
             "Model": f"{recipe.model.name} {recipe.model.params or ''}".strip() + f", {parameters:,} parameters",
             "Float training": _phase(recipe.pretrain),
             "Fine-tuning from these float weights, the same for all": "; ".join(training),
-            "Layers": f"weights and inputs of all convolutions and linear layers; bits of the {', '.join(edges)}",
-            "Fidelity": "; ".join(f"{a}: {get_algorithm(a).fidelity}" for a in labels),
+            "Layers": _layers(configs[0]),
+            "Fidelity": "; ".join(f"{a}: {get_algorithm(a).fidelity}" for a in used),
             "Seeds": f"{len(recipe.seeds)} ({', '.join(map(str, recipe.seeds))})"
             + ("; mean (lowest to highest)" if len(recipe.seeds) > 1 else ""),
         }
@@ -123,6 +153,24 @@ class RunReport:
             return cls(data["name"], data["facts"], labels, results, data.get("versions", {}))
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"report.json: not the results of a run of this version: {error}") from None
+
+    def part(self, seed: int, algorithm: str | None, within: str) -> RunReport:
+        """The same of a part of the run.
+
+        :param algorithm: a baseline, which is then what the report is about; ``None``: all variants of a seed.
+        :param within: directory of the part within the run, to which the paths of files become relative.
+        """
+        kept = []
+        for result in self.results:
+            if result.seed == seed and algorithm in (None, result.algorithm):
+                paths = [d.path.removeprefix(f"{within}/") for d in result.deployments]
+                deployments = [replace(d, path=p) for d, p in zip(result.deployments, paths, strict=True)]
+                baseline = result.baseline and algorithm is None
+                kept.append(replace(result, baseline=baseline, deployments=deployments))
+        part = replace(self, results=kept, facts={**self.facts, "Seeds": f"1 ({seed})"})
+        if "Sizes" in part.facts and kept:
+            part.facts["Sizes"] = part.sizes()
+        return part
 
     @property
     def verified(self) -> bool:

@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import nn
 
-from fat_plugins.config import AlgorithmName, CompressionConfig, Section, is_plugin_section, split_sections
+from fat_plugins.config import AlgorithmName, Section, is_plugin_section, split_sections
 from fat_plugins.errors import ConfigError, unknown
 from fat_plugins.explain import Expected, explain
+from fat_plugins.mixed import joint_name, parse_sections
 from fat_plugins.recipes.data import DATASETS, Data
 from fat_plugins.recipes.models import MODELS, build_torchvision, check_model
 from fat_plugins.recipes.optim import OPTIMIZERS, check_options
@@ -307,7 +308,7 @@ class Recipe(BaseModel):
         self.model.check()
         _options("data", DATASETS, self.data.name, self.data.params)
         self.compression = complete_config(self.compression)
-        names = [self.algorithm, *(b.algorithm for b in self.baselines)]
+        names = [plugin_section(self.compression)["algorithm"], *(b.algorithm for b in self.baselines)]
         if len(set(names)) != len(names):
             raise ConfigError(f"baselines: {names[1:]} repeat each other or the recipe's own algorithm '{names[0]}'")
         for i, baseline in enumerate(self.baselines):
@@ -315,15 +316,18 @@ class Recipe(BaseModel):
         for variant in (None, *self.baselines):
             for i, stage in enumerate(self.training.stages):
                 config = self.config_for(variant, stage)
-                CompressionConfig.parse(plugin_section(config), f"compression (training.stages.{i})")
+                parse_sections([(f"{w} (training.stages.{i})", s) for w, s in plugin_sections(config)])
 
     @property
     def algorithm(self) -> str:
-        """Name of the recipe's own algorithm."""
-        return plugin_section(self.compression)["algorithm"]
+        """Name of the recipe's own algorithm; of several sections their names, such as ``fat+lsq``."""
+        return joint_name(section["algorithm"] for _, section in plugin_sections(self.compression))
 
     def config_for(self, baseline: BaselineSection | None, stage: Stage) -> dict[str, Any]:
-        """The NNCF config of one stage, for the recipe's own algorithm or a baseline in its place."""
+        """The NNCF config of one stage, for the recipe's own algorithm or a baseline in its place.
+
+        Of several sections of this package it is the first that stages and baselines change.
+        """
         config = deepcopy(self.compression)
         section = plugin_section(config)
         if baseline is not None:
@@ -344,24 +348,31 @@ class Recipe(BaseModel):
 
 
 def complete_config(compression: Any) -> dict[str, Any]:
-    """A section, a list of sections or a config as a config; the section of this package in it is validated.
+    """A section, a list of sections or a config as a config; the sections of this package in it are validated.
 
-    :raises ConfigError: none or several sections name an algorithm of this package, or the section is wrong.
+    :raises ConfigError: no section names an algorithm of this package, or one is wrong.
     """
     whole = isinstance(compression, dict) and "compression" in compression
     config = deepcopy(compression) if whole else {"compression": deepcopy(compression)}
-    CompressionConfig.parse(plugin_section(config))
+    parse_sections(plugin_sections(config))
     return config
 
 
-def plugin_section(config: dict[str, Any]) -> dict[str, Any]:
-    """The one section of ``config`` that names an algorithm of this package."""
+def plugin_sections(config: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Place (``"compression[1]"``, for error messages) and content of every section of this package, at least one.
+
+    :raises ConfigError: there is none.
+    """
     sections = split_sections(config["compression"])
     if not sections:
         raise ConfigError("compression: an empty list, expected a section with the key 'algorithm'")
-    ours = [s for s in sections if is_plugin_section(s)]
+    many = isinstance(config["compression"], list)
+    ours = [(f"compression[{i}]" if many else "compression", s) for i, s in enumerate(sections) if is_plugin_section(s)]
     if not ours:
         raise ConfigError(f"compression.algorithm: {unknown('algorithm', sections[-1]['algorithm'], algorithms())}")
-    if len(ours) > 1:
-        raise ConfigError(f"compression: {len(ours)} sections name algorithms of this package, allowed: one")
-    return ours[0]
+    return ours
+
+
+def plugin_section(config: dict[str, Any]) -> dict[str, Any]:
+    """The first section of ``config`` that names an algorithm of this package: what stages and baselines change."""
+    return plugin_sections(config)[0][1]

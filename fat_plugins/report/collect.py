@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fat_plugins.errors import CheckpointError, FatPluginsError
+from fat_plugins.mixed import algorithms_of
 from fat_plugins.placed import network_facts, parts
 from fat_plugins.quantizer import Coordinator
 from fat_plugins.recipes.checkpoint import load_checkpoint
@@ -61,7 +62,7 @@ def collect(directory: Path, which: str | None = None) -> ReportData:
         data.facts = run.results.facts
         data.checks = list(_checks(run.results))
     else:
-        data.missing.append("no report.json: the run is not complete, or is a part of another run")
+        data.missing.append("no report.json: the run is not complete")
     if not data.checks:
         data.missing.append("nothing was exported: no files, kernels and comparisons of codes")
     _add_model(data, run, which)
@@ -94,9 +95,28 @@ def _read(directory: Path) -> _Run:
             metrics = _json(path / "metrics.json")
             if metrics is not None:
                 run.metrics.append((kind, metrics))
+    if results is None and run.metrics:
+        run.results = _of_whole_run(directory, run.metrics[0][1])
     if results is None and not run.metrics:
         raise CheckpointError(f"{directory} does not hold a run: neither report.json nor metrics.json is there")
     return run
+
+
+def _of_whole_run(directory: Path, metrics: dict[str, Any]) -> RunReport | None:
+    """Results of a baseline or of a further seed, from the ``report.json`` of the run that it is a part of."""
+    root = directory.resolve()
+    baseline = root.parent.name == "baselines"
+    if baseline:
+        root = root.parent.parent
+    if root.parent.name == "seeds":
+        root = root.parent.parent
+    results = _json(root / "report.json")
+    if results is None:
+        return None
+    algorithm = metrics.get("quantized", {}).get("algorithm")
+    within = directory.resolve().relative_to(root).as_posix()
+    part = RunReport.from_dict(results).part(metrics.get("seed", 0), algorithm if baseline else None, within)
+    return part if part.results else None
 
 
 def _identity(run: _Run) -> tuple[str, str]:
@@ -216,8 +236,9 @@ def _add_model(data: ReportData, run: _Run, which: str | None) -> None:
         figures = part.figures() if isinstance(part, Coordinator) else part.figures(weight)
         data.figures += [Drawing(layer=name, **f.to_dict()) for f in figures]
     data.network = network_facts(loaded.model)
-    if data.algorithm:
-        data.fidelity = get_algorithm(data.algorithm).fidelity
+    names = algorithms_of(data.algorithm)
+    labels = [get_algorithm(name).fidelity for name in names]
+    data.fidelity = labels[0] if len(names) == 1 else "; ".join(map(": ".join, zip(names, labels, strict=True)))
     _add_deployed(data, run.results)
 
 

@@ -69,7 +69,8 @@ class PluginQuantizer(nn.Module, layer_utils.StatefulModuleInterface):
         """Quantized ``x``; of a named tuple (``torch.max``) its values."""
         values = maybe_get_values_from_torch_return_type(x)
         if self.observing:
-            with torch.no_grad():
+            # NNCF looks at every operation in here otherwise, of which a search for a clip has thousands
+            with torch.no_grad(), torch._C.DisableTorchFunction():
                 self.core.calibrate(values)
             return x
         return maybe_wrap_to_torch_return_type(_quantize(values, self.core), x)

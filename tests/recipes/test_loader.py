@@ -176,7 +176,7 @@ def test_json_config_is_found_beside_the_recipe(load, recipe_text, tmp_path, mon
     ("text", "expected"),
     [
         ('{"compression": {"algorithm": "fat", "weigths": {}}}', "did you mean 'weights'"),
-        ('{"compression": [{"algorithm": "fat"}, {"algorithm": "lsq"}]}', "2 sections"),
+        ('{"compression": [{"algorithm": "fat"}, {"algorithm": "lsq"}]}', "both quantize every layer"),
         ('{"compression": 3}', "expected an object with the key 'algorithm'"),
         ('{"compression": []}', "an empty list"),
         ('{"input_info": {}}', "key 'compression'"),

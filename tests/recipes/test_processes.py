@@ -1,104 +1,18 @@
 """Two processes with a batch each train as one process with both; one that fails ends both."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import plain_net
 import pytest
 import torch
+from cuts import assert_same_run
+from two_processes import RECIPE, assert_close_runs, recipe, start_two
 
 from fat_plugins.errors import CheckpointError, ConfigError
 from fat_plugins.recipes import Options, load_checkpoint, load_recipe, train
 from fat_plugins.recipes.data import DATASETS, ShapesParams
 from fat_plugins.recipes.trainer import Trainer
 from fat_plugins.recipes.world import World, choose_device
-
-HERE = Path(__file__).parent
-TIMEOUT = 300
-RECIPE = (
-    "name: tiny\n"
-    + plain_net.SECTIONS
-    + """\
-host: HOST
-compression:
-  algorithm: dropbits
-  weights: {bits: 4}
-  activations: {bits: 4}
-pretrain:
-  epochs: 1
-  optimizer: {name: sgd, lr: 0.1}
-training:
-  epochs: 2
-  optimizer: {name: sgd, lr: 0.02}
-export: null
-baselines: [lsq]
-"""
-)
-
-
-def installed(name):
-    try:
-        version(name)
-    except PackageNotFoundError:
-        return False
-    return True
-
-
-def recipe(folder, host, batch):
-    path = folder / f"{batch}.yaml"
-    path.write_text(RECIPE.replace("HOST", host).replace("BATCH", str(batch)))
-    return path
-
-
-def start_two(folder, *args, words=""):
-    """Two processes as ``torchrun`` starts them."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    common = {**os.environ, "OWN_CLI": words, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    program = [sys.executable, str(HERE / "own_cli.py"), "train", *map(str, args)]
-    processes = [
-        subprocess.Popen(
-            program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    found = [p.communicate(timeout=TIMEOUT) for p in processes]
-    return [(p.returncode, *output) for p, output in zip(processes, found, strict=True)]
-
-
-def assert_close_runs(one, other, tolerance):
-    for name in ("checkpoint/float", "checkpoint/last", "baselines/lsq/checkpoint/last"):
-        a, b = (load_checkpoint(d / f"{name}.safetensors").state for d in (one, other))
-        assert list(a) == list(b)
-        moved = 0
-        for key, tensor in a.items():
-            apart = float((tensor.double() - b[key].double()).abs().max()) if tensor.numel() else 0.0
-            assert apart <= tolerance, f"{name} {key}: {apart}"
-            moved += tensor.numel()
-        assert moved > 1000
-
-
-@pytest.mark.parametrize("host", [h for h in ("nncf", "brevitas") if installed(h)])
-def test_two_processes_are_one_with_twice_the_batch(tmp_path, host):
-    for rank, (code, out, err) in enumerate(start_two(tmp_path, recipe(tmp_path, host, 50), "-o", "two")):
-        assert code == 0, err
-        assert ("Run directory" in out) == (rank == 0)  # only the first one says and writes anything
-        assert ("epoch 1/2" in err) == (rank == 0)
-    train(load_recipe(recipe(tmp_path, host, 100)), tmp_path / "one")
-    # sums in another order: nothing more
-    assert_close_runs(tmp_path / "one", tmp_path / "two", 1e-4)
-    one, two = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("one", "two"))
-    assert abs(one["float"]["epochs"][0]["train_loss"] - two["float"]["epochs"][0]["train_loss"]) < 1e-5
-    for a, b in zip(one["quantized"]["stages"][0]["epochs"], two["quantized"]["stages"][0]["epochs"], strict=True):
-        assert abs(a["train_loss"] - b["train_loss"]) < 1e-4
-        assert a["lr"] == b["lr"]
 
 
 def test_a_process_that_fails_ends_all_and_the_run_goes_on(tmp_path, toy_host):
@@ -117,6 +31,61 @@ def test_a_process_that_fails_ends_all_and_the_run_goes_on(tmp_path, toy_host):
         assert code == 0, err
     train(load_recipe(recipe(tmp_path, "nncf", 100)), tmp_path / "one")
     assert_close_runs(tmp_path / "one", tmp_path / "two", 1e-4)
+
+
+#: everything that changes a step beside the optimizer
+EXTRAS = """\
+training:
+  epochs: 3
+  optimizer: {name: sgd, lr: 0.3}
+  label_smoothing: 0.1
+  clip_norm: 0.03
+  amp: AMP
+  ema: {decay: 0.8}
+  distillation: {alpha: 0.5, temperature: 2.0}
+"""
+
+
+def recipe_with_extras(folder, batch, amp):
+    text = RECIPE.replace("HOST", "nncf").replace("algorithm: dropbits", "algorithm: lsq")
+    text = text[: text.index("training:")] + EXTRAS + text[text.index("export:") :].replace("[lsq]", "[]")
+    path = folder / f"{batch}_{amp}.yaml"
+    path.write_text(text.replace("BATCH", str(batch)).replace("AMP", amp))
+    return path
+
+
+def assert_close_states(one, other, tolerance):
+    """Final weights of two runs, and what the training moved them by."""
+    a, b = (load_checkpoint(d / "checkpoint" / "last.safetensors").state for d in (one, other))
+    start = load_checkpoint(one / "checkpoint" / "float.safetensors").state
+    assert list(a) == list(b)
+    for key, tensor in a.items():
+        assert float((tensor.double() - b[key].double()).abs().max()) <= tolerance, key
+    assert float((a["conv3.bias"] - start["conv3.bias"]).abs().max()) > 20 * tolerance
+
+
+@pytest.mark.parametrize(("amp", "tolerance"), [("null", 1e-5), ("bf16", 1e-4)])
+def test_averages_teacher_and_clipping_are_those_of_one_process(tmp_path, toy_host, amp, tolerance):
+    for code, _, err in start_two(tmp_path, recipe_with_extras(tmp_path, 50, amp), "-o", "two", words="toy"):
+        assert code == 0, err
+    train(load_recipe(recipe_with_extras(tmp_path, 100, amp)), tmp_path / "one")
+    assert_close_states(tmp_path / "one", tmp_path / "two", tolerance)
+    one, two = (json.loads((tmp_path / n / "metrics.json").read_text())["quantized"] for n in ("one", "two"))
+    for a, b in zip(one["stages"][0]["epochs"], two["stages"][0]["epochs"], strict=True):
+        assert abs(a["train_loss"] - b["train_loss"]) < 10 * tolerance
+        assert abs(a["validation_loss"] - b["validation_loss"]) < 10 * tolerance
+
+
+def test_averages_and_teacher_of_two_processes_go_on_exactly(tmp_path):
+    path = recipe_with_extras(tmp_path, 50, "null")
+    for code, _, err in start_two(tmp_path, path, "-o", "whole", "-q", words="toy"):
+        assert code == 0, err
+    args = [path, "-o", "cut", "--save-every", "1", "-q"]
+    failed = start_two(tmp_path, *args, words="toy fail2")
+    assert [code for code, _, _ in failed] == [2, 2]
+    for code, _, err in start_two(tmp_path, *args, "--resume", words="toy"):
+        assert code == 0, err
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 def _trainer_and_state(run):

@@ -255,15 +255,47 @@ def test_quantizers_are_followed_over_time(run):
     assert [f["title"] for f in numbers(run)["figures"]] == ["Gate in the frequency domain"] * 7
 
 
-def test_a_part_of_a_run_has_a_report_too(run, no_plots):
-    data_path = run / "baselines" / "squantizer" / "report_data.json"
+def test_a_baseline_has_a_report_too(run, no_plots):
     write_report(run / "baselines" / "squantizer")
-    data = json.loads(data_path.read_text())
-    assert data["title"] == "SQUANTIZER"
+    data = numbers(run / "baselines" / "squantizer")
+    assert (data["name"], data["title"], data["algorithm"]) == ("tiny", "SQUANTIZER W4A4", "squantizer")
     assert [t["name"] for t in data["tensors"]] == list(LAYERS)
     assert data["network"]["zeros of the quantized weights"] > 0.2
     assert data["tensors"][1]["float_sqnr_db"] is not None  # the float weights stand two directories above
-    assert any("no report.json" in text for text in data["missing"])
+    # what was deployed and compared stands in the report of the whole run
+    whole = json.loads((run / "report.json").read_text())
+    result = next(r for r in whole["results"] if r["baseline"] and r["seed"] == 3)
+    assert [(a["kind"], a["seeds"], a["torch"]) for a in data["accuracy"]] == [
+        ("float", [3], [result["float_accuracy"]]), ("own", [3], [result["accuracy"]]),
+    ]  # fmt: skip
+    assert [(c["file"], c["verified"]) for c in data["checks"]] == [
+        ("export/model.onnx", True), ("export/model_qdq.onnx", True),
+    ]  # fmt: skip
+    assert [t["storage"] for t in data["tensors"]] == [r["storage"] for r in result["deployments"][0]["layers"]]
+    assert data["facts"]["Seeds"] == "1 (3)" and "export/model.onnx " in data["facts"]["Sizes"]
+    assert "baselines/" not in data["facts"]["Sizes"]
+    assert data["missing"] == []
+
+
+def test_a_further_seed_has_a_report_too(run, no_plots):
+    seed, deeper = run / "seeds" / "4", run / "seeds" / "4" / "baselines" / "squantizer"
+    for part in (seed, deeper):
+        write_report(part)
+    assert [(a["name"], a["seeds"]) for a in numbers(seed)["accuracy"]] == [
+        ("float32", [4]), ("FAT W4A4", [4]), ("SQUANTIZER W4A4", [4]),
+    ]  # fmt: skip
+    assert [(a["name"], a["kind"], a["seeds"]) for a in numbers(deeper)["accuracy"]] == [
+        ("float32", "float", [4]), ("SQUANTIZER W4A4", "own", [4]),
+    ]  # fmt: skip
+    assert [c["file"] for c in numbers(deeper)["checks"]] == ["export/model.onnx", "export/model_qdq.onnx"]
+
+
+def test_a_part_of_a_run_that_is_not_complete_says_so(copied, no_plots):
+    (copied / "report.json").unlink()
+    write_report(copied / "baselines" / "squantizer")
+    data = numbers(copied / "baselines" / "squantizer")
+    assert data["title"] == "SQUANTIZER" and data["checks"] == []
+    assert data["missing"][0] == "no report.json: the run is not complete"
 
 
 # -- what is not there, what is hostile ------------------------------------------------------------------------------

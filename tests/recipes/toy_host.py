@@ -11,10 +11,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import fat_plugins
-from fat_plugins import CompressionConfig, ConfigError, TensorSpec, get_algorithm
+from fat_plugins import ConfigError, TensorSpec, get_algorithm
 from fat_plugins.frozen import FrozenWeight
+from fat_plugins.mixed import parse_sections
 from fat_plugins.quantizer import Progress, set_progress
-from fat_plugins.recipes.schema import plugin_section
+from fat_plugins.recipes.schema import plugin_sections
 
 
 class Scheduler:
@@ -60,13 +61,15 @@ class ToyHost:
 
     def compress(self, model, config, loader, example_input, compression_state=None):
         type(self).calls.append({"config": config, "state": compression_state, "batches": len(list(loader))})
-        parsed = CompressionConfig.parse(plugin_section(config))
+        parsed = parse_sections(plugin_sections(config))
         specs = []
         for name, module in list(model.named_modules()):
             if not isinstance(module, (nn.Conv2d, nn.Linear)):
                 continue
             spec = TensorSpec("weight", 4, name=name, shape=tuple(module.weight.shape), followed_by_norm=True)
-            algorithm, spec, params = parsed.resolve(spec, lambda scope: False)
+            if (found := parsed.resolve(spec, name.__eq__)) is None:
+                continue
+            algorithm, spec, params = found
             quantizer = get_algorithm(algorithm).make(spec, params)
             if compression_state is None:
                 quantizer.calibrate(module.weight)
