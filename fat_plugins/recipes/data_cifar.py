@@ -70,7 +70,9 @@ class CifarParams(Params):
         lt=0.9,
         description="Part of the training images that chooses the best epoch instead of being learnt.",
     )
-    split_seed: int = Field(0, ge=0, description="Seed of the stratified split; every run seed shares it.")
+    split_seed: int = Field(
+        0, ge=0, le=2**32 - 1, description="Seed of the stratified split; every run seed shares it."
+    )
     shift: int = Field(4, ge=0, le=16, description="Random shift in pixels: a random crop of the image padded by that.")
     flip: bool = Field(True, description="Mirror every second training image.")
     calibration: int | None = Field(

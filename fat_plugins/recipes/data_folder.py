@@ -26,7 +26,9 @@ class FolderParams(Params):
         None, description="Folder of the images that choose the best epoch; null: a part of the training images."
     )
     validation_fraction: float = Field(0.01, gt=0, lt=0.9, description="That part, of every class alike.")
-    split_seed: int = Field(0, ge=0, description="Seed of the stratified split; every run seed shares it.")
+    split_seed: int = Field(
+        0, ge=0, le=2**32 - 1, description="Seed of the stratified split; every run seed shares it."
+    )
     size: int = Field(224, ge=8, le=2048, description="Height and width of what the network sees, in pixels.")
     resize: int | None = Field(
         None, ge=8, le=4096, description="Shorter side before the central crop in evaluation; null: size * 256 / 224."

@@ -28,7 +28,7 @@ class CallableDataParams(Params):
     validation_fraction: float = Field(
         0.1, gt=0, lt=0.9, description="Part of `train` that chooses the best epoch, where there is no `validation`."
     )
-    split_seed: int = Field(0, ge=0, description="Seed of that split; every run seed shares it.")
+    split_seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of that split; every run seed shares it.")
     calibration: int | None = Field(None, ge=1, description="Training images that initialise quantizers; null: all.")
     workers: int = Field(0, ge=0, le=256, description="Processes that read and augment images.")
 

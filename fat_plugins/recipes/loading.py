@@ -79,7 +79,7 @@ class Loader(DataLoader):
         try:
             yield from super().__iter__()
         except FatPluginsError as error:  # a worker process wraps it in its own traceback
-            last = str(error).strip().splitlines()[-1]
+            last = str(error.args[0]).strip().splitlines()[-1]
             raise type(error)(last.split(f"{type(error).__name__}: ", 1)[-1]) from None
 
     def begin(self, epoch: int, step: int = 0) -> Loader:
