@@ -12,6 +12,8 @@ from fat_plugins.errors import ConfigError, FatPluginsError, shown
 
 #: no honest config is larger; keeps a wrong file name from filling the memory
 MAX_BYTES = 1_000_000
+#: the same of results, which have a row for every layer and epoch
+MAX_RESULTS = 100_000_000
 MAX_DEPTH = 50
 #: longer numbers mean nothing, and take Python longer than their length
 MAX_DIGITS = 400
@@ -22,6 +24,14 @@ def is_file(path: Path) -> bool:
     try:
         return path.is_file()
     except (OSError, ValueError):  # too long, a NUL in it
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a name stands for a folder."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
         return False
 
 

@@ -19,8 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fat_plugins.errors import CheckpointError, nearest
+from fat_plugins.errors import CheckpointError, nearest, shown
+from fat_plugins.files import is_file
 from fat_plugins.quantizer import Coordinator, Quantizer
+from fat_plugins.recipes.sealed import check_seal, seal
 
 FORMAT = 1
 _KEY = "fat_plugins"
@@ -105,7 +107,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         text = json.dumps({"format": FORMAT, **description})
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"cannot write {path}: its description is not JSON: {error}") from None
-    data = save(checkpoint.state, metadata={_KEY: text})
+    data = save(checkpoint.state, metadata={_KEY: text, **seal(checkpoint.state, text)})
     write_atomically(path, lambda p: p.write_bytes(data))
 
 
@@ -114,23 +116,32 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     :raises CheckpointError: missing, truncated or foreign file, or one of a newer layout.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise CheckpointError(f"no checkpoint {path}")
     try:
         with safe_open(str(path), framework="pt") as file:
-            text = (file.metadata() or {}).get(_KEY)
+            metadata = file.metadata() or {}
+            text = metadata.get(_KEY)
             if text is None:
                 raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of fat-plugins")
-            description = json.loads(text)
             state = {k: file.get_tensor(k) for k in file.keys()}
-    except (SafetensorError, OSError, struct.error, json.JSONDecodeError) as error:
+        check_seal(metadata, state, text, str(path))
+        description = json.loads(text)
+    except CheckpointError:
+        raise
+    except (SafetensorError, OSError, struct.error, ValueError, RuntimeError) as error:  # RecursionError among them
         raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from None
     if not isinstance(description, dict) or description.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path}: unknown checkpoint layout; allowed: {FORMAT}; upgrade fat-plugins")
     try:
-        return Checkpoint(state=state, **description)
+        checkpoint = Checkpoint(state=state, **description)
     except TypeError:
         raise CheckpointError(f"{path}: unknown entries in the checkpoint's description") from None
+    for name in ("config", "recipe", "progress", "metrics"):
+        value = getattr(checkpoint, name)
+        if not isinstance(value, dict) and not (name == "config" and value is None):
+            raise CheckpointError(f"{path}: {name} in its description: expected an object, got {shown(value)}")
+    return checkpoint
 
 
 def _own_shapes(model: nn.Module) -> tuple[str, ...]:
@@ -154,6 +165,12 @@ def check_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
                 f"{where}: belongs to another model: {key!r} has shape {tuple(state[key].shape)}, "
                 f"the model's has {tuple(value.shape)}"
             )
+        if state[key].is_floating_point() != value.is_floating_point():
+            raise CheckpointError(
+                f"{where}: belongs to another model: {key!r} is {state[key].dtype}, the model's is {value.dtype}"
+            )
+        if not key.startswith(free) and value.is_floating_point() and bool(torch.isnan(state[key]).any()):
+            raise CheckpointError(f"{where}: {key!r} holds NaN")
     foreign = next((k for k in state if k not in own), None)
     if foreign is not None:
         raise CheckpointError(f"{where}: belongs to another model: the model has no {foreign!r}{nearest(foreign, own)}")

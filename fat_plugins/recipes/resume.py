@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fat_plugins.errors import CheckpointError, ConfigError
+from fat_plugins.files import MAX_RESULTS, parse_json, read_text
 from fat_plugins.recipes.checkpoint import write_json
-from fat_plugins.recipes.deploy import Deployment, LayerRow
 from fat_plugins.recipes.directory import REPORT, STATE
-from fat_plugins.recipes.report import VariantResult
+from fat_plugins.recipes.report import VariantResult, read_result
 from fat_plugins.recipes.state import StateFile
 
 FORMAT = 1
@@ -30,14 +29,7 @@ def result_from_dict(data: dict[str, Any]) -> VariantResult:
 
     :raises CheckpointError: the dictionary is no result.
     """
-    try:
-        deployments = []
-        for entry in data["deployments"]:
-            known = {k: v for k, v in entry.items() if k in Deployment.__dataclass_fields__}
-            deployments.append(Deployment(**{**known, "layers": [LayerRow(**row) for row in known["layers"]]}))
-        return VariantResult(**{**data, "deployments": deployments})
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"the results of the run are not of this version of fat-plugins: {error}") from None
+    return read_result(data, "the results of the run")
 
 
 def finished_run(directory: Path) -> dict[str, Any] | None:
@@ -50,10 +42,7 @@ def finished_run(directory: Path) -> dict[str, Any] | None:
 
 
 def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable: {error}") from None
+    return parse_json(read_text(path, error=CheckpointError, limit=MAX_RESULTS), str(path), CheckpointError)
 
 
 class RunState:

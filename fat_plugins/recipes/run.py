@@ -41,6 +41,7 @@ from fat_plugins.recipes.directory import (
 from fat_plugins.recipes.hosts import get_host
 from fat_plugins.recipes.interrupt import Interrupted, Interrupts
 from fat_plugins.recipes.loader import dump_recipe
+from fat_plugins.recipes.models import check_fit
 from fat_plugins.recipes.parts import parts_of
 from fat_plugins.recipes.progress import Reporter
 from fat_plugins.recipes.report import RunReport, VariantResult
@@ -84,6 +85,7 @@ def train(
     for wanted in targets:
         wanted.require()
     data = recipe.data.build()
+    check_fit(recipe.model.build(data), recipe.model.name, data.example, data.classes)
     for variant in (None, *recipe.baselines):
         for stage in recipe.training.stages:
             host.check(recipe.config_for(variant, stage), data.example)

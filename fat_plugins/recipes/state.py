@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fat_plugins.errors import CheckpointError
 from fat_plugins.recipes.checkpoint import write_atomically
+from fat_plugins.recipes.sealed import check_seal, contents_of, seal
 
 FORMAT = 1
 _KEY, _TENSOR, _ITEMS, _TUPLE = "fat_plugins_state", "$tensor", "$items", "$tuple"
@@ -64,7 +65,8 @@ def to_bytes(tree: Any) -> bytes:
     """
     tensors: dict[str, Tensor] = {}
     packed = _pack(tree, tensors, "")
-    return save_tensors(tensors, metadata={_KEY: json.dumps({"format": FORMAT, "tree": packed})})
+    text = json.dumps({"format": FORMAT, "tree": packed})
+    return save_tensors(tensors, metadata={_KEY: text, **seal(tensors, text)})
 
 
 def from_bytes(data: bytes, where: str = "training state") -> Any:
@@ -75,13 +77,19 @@ def from_bytes(data: bytes, where: str = "training state") -> Any:
     try:
         tensors = load_tensors(data)
         size = int.from_bytes(data[:8], "little")
-        text = json.loads(data[8 : 8 + size]).get("__metadata__", {}).get(_KEY)
+        metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+        text = metadata.get(_KEY)
+        if text is not None:
+            check_seal(metadata, tensors, text, where)
         found = json.loads(text) if text is not None else None
-    except (SafetensorError, ValueError, KeyError) as error:
+    except CheckpointError:
+        raise
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{where}: not a readable training state: {error}") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise CheckpointError(f"{where}: no training state of this version of fat-plugins")
-    return _unpack(found["tree"], tensors)
+    with contents_of(where):
+        return _unpack(found["tree"], tensors)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ os.environ.setdefault("NO_COLOR", "1")
 
 import kinds_text
 from harness import Tally, judge
-from programs import without_training
+from programs import without_hosts
 
 #: bytes of address space: an input that asks for more gets an error instead of the machine
 ADDRESSES = 8 * 2**30
@@ -76,7 +76,7 @@ def main() -> int:
     all_kinds = kinds()
     whole = sum(kind.share for kind in all_kinds)
     table, start = {}, perf_counter()
-    with without_training():
+    with without_hosts():
         for kind in all_kinds:
             if options.kind and not kind.name.startswith(options.kind):
                 continue

@@ -23,7 +23,7 @@ from mutate import (
     misspelt,
     paths,
 )
-from programs import command
+from programs import begin_training, command
 
 from fat_plugins import mixed
 from fat_plugins.config import CompressionConfig, read_config, split_sections
@@ -275,7 +275,7 @@ class Recipes:
         path = _write(self.folder, "bad.yaml", data)
         names = (*bad.names, "bad.yaml") if bad.names else ()
         run = self.folder / "run"
-        return Case(bad.what, lambda: command("train", path, "-o", run), bad.bad, names, bad.hint, self.folder)
+        return Case(bad.what, lambda: begin_training(path, "-o", run), bad.bad, names, bad.hint, self.folder)
 
     def _snippet(self, rng: Random, good: Any) -> tuple[str, Damage]:
         """Something that only YAML has, in the place of a value."""
@@ -353,7 +353,7 @@ class Settings:
         value = rng.choice((*YAML_SNIPPETS, *HOSTILE, "3", "-1", "x", "[1, 2]", "{a: 1}"))[:60_000].replace("\0", "")
         text = rng.choice((f"{'.'.join(path)}={value}",) * 8 + (value, f"={value}", f"a..b={value}", ".=.", ""))
         recipe = self.folder / "recipe.yaml"
-        return Case(text[:80], lambda: command("train", recipe, "-o", self.folder / "run", "--set", text),
+        return Case(text[:80], lambda: begin_training(recipe, "-o", self.folder / "run", "--set", text),
                     bad and text.startswith(path[0]) and "=" in text and False, folder=self.folder, hint=None)  # fmt: skip
 
 

@@ -37,14 +37,19 @@ def _begin(*args: Any) -> Any:
 
 
 @contextmanager
-def without_training() -> Iterator[None]:
-    """``train`` ends with code 0 where the directory of the run would be made; no host and no runtime is needed."""
+def without_hosts() -> Iterator[None]:
+    """No host and no runtime is needed."""
     with ExitStack() as stack:
         for owner, name, value in (
             (run, "get_host", _host),
             (loaded, "get_host", _host),
-            (run, "_directory", _begin),
             (targets.Target, "require", lambda self: None),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         yield
+
+
+def begin_training(*args: Any) -> int:
+    """``train``, which ends with code 0 where it would make the directory of the run."""
+    with mock.patch.object(run, "_directory", _begin):
+        return command("train", *args)
