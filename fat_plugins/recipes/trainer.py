@@ -24,10 +24,11 @@ from fat_plugins.recipes.checkpoint import cpu_state, load_state
 from fat_plugins.recipes.data import Data
 from fat_plugins.recipes.hooks import Part
 from fat_plugins.recipes.interrupt import Interrupted, Interrupts
-from fat_plugins.recipes.optim import lr_factor, make_optimizer
+from fat_plugins.recipes.optim import check_state, lr_factor, make_optimizer
 from fat_plugins.recipes.parts import Precision
 from fat_plugins.recipes.progress import Phase, Reporter
 from fat_plugins.recipes.schema import TrainSection
+from fat_plugins.recipes.sealed import contents_of
 from fat_plugins.recipes.state import Saving, random_state, seed_everything, set_random_state
 from fat_plugins.recipes.world import World
 
@@ -169,6 +170,10 @@ class Trainer:
 
         :raises CheckpointError: the state is of another model, of other parts or of another number of processes.
         """
+        with contents_of(where):
+            self._load(state, where)
+
+    def _load(self, state: dict[str, Any], where: str) -> None:
         if len(state["processes"]) != self.world.size:
             raise CheckpointError(
                 f"{where}: saved by {len(state['processes'])} processes, these are {self.world.size}; go on with as "
@@ -185,9 +190,12 @@ class Trainer:
         for part in self.parts:
             part.load_state_dict(state["parts"][part.name])
         self.epoch, self.step, self.before = state["epoch"], state["step"], state["before"]
+        if self.epoch not in range(self.epochs + 1) or self.step not in range(self.steps + 1):
+            raise CheckpointError(f"{where}: epoch {self.epoch}, step {self.step} is no moment of this training")
         self.records = [EpochRecord(**r) for r in state["records"]]
         own = state["processes"][self.world.rank]
         self._totals.copy_(own["totals"])
+        set_random_state(own["random"])  # used later; that it can be is found out now
         self._random, self._resumed = own["random"], True
 
     def _load_optimizer(self, state: dict[str, Any], where: str) -> None:
@@ -207,6 +215,7 @@ class Trainer:
         self.optimizer.load_state_dict(
             {"state": {numbers[name]: s for name, s in state["state"].items()}, "param_groups": groups}
         )
+        check_state(self.optimizer, where)
 
     # -- the loop ----------------------------------------------------------------------------------------------------
     def run(self) -> list[EpochRecord]:

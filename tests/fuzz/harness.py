@@ -39,6 +39,7 @@ class Case:
         standard output and standard error are then judged.
     :param bad, names, hint: see :class:`mutate.Damage`.
     :param folder: nothing may change in it when the input is refused.
+    :param writes: where else the program may write.
     """
 
     what: str
@@ -47,6 +48,7 @@ class Case:
     names: tuple[str, ...] = ()
     hint: str | None = None
     folder: Path | None = None
+    writes: Path | None = None
 
 
 @dataclass
@@ -67,13 +69,15 @@ class Hang(BaseException):
 # --------------------------------------------------------------------------------------------------------------------
 @dataclass
 class _Watch:
-    folder: Path | None = None
+    folders: tuple[Path, ...] = ()
     seen: list[str] | None = None
 
 
 _watch = _Watch()
 _NEVER = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "pickle.find_class", "socket.connect",
           "socket.getaddrinfo", "urllib.Request", "webbrowser.open", "ctypes.dlopen_of_a_file")  # fmt: skip
+#: files that Python, OpenVINO and matplotlib write for themselves
+_OF_OTHERS = ("__pycache__", os.devnull, "/intel/", "/.cache/", "/matplotlib")
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -86,8 +90,8 @@ def _audit(event: str, args: tuple) -> None:
         _watch.seen.append(f"import of {args[0]}")
     elif event == "open" and isinstance(args[2], int) and args[2] & _WRITING and isinstance(args[0], (str, bytes)):
         path = os.path.realpath(os.fsdecode(args[0]))
-        inside = _watch.folder is not None and path.startswith(str(_watch.folder.resolve()) + os.sep)
-        if not inside and "__pycache__" not in path and path != os.devnull:
+        inside = any(path.startswith(f"{f.resolve()}{os.sep}") for f in _watch.folders)
+        if not inside and not any(part in path for part in _OF_OTHERS):
             _watch.seen.append(f"opened for writing: {path}")
 
 
@@ -95,9 +99,9 @@ sys.addaudithook(_audit)
 
 
 @contextmanager
-def watched(folder: Path | None) -> Iterator[list[str]]:
-    """What happens inside that must not."""
-    _watch.folder, _watch.seen = folder, []
+def watched(*folders: Path | None) -> Iterator[list[str]]:
+    """What happens inside that must not. In the folders the program may write."""
+    _watch.folders, _watch.seen = tuple(f for f in folders if f is not None), []
     try:
         yield _watch.seen
     finally:
@@ -179,7 +183,7 @@ def judge(case: Case) -> Verdict:
     clock, processor = time.perf_counter(), time.process_time()
     out, err = io.StringIO(), io.StringIO()
     status, message, faults = ACCEPTED, "", []
-    with watched(case.folder) as seen:
+    with watched(case.folder, case.writes) as seen:
         try:
             with limited(CLOCK), redirect_stdout(out), redirect_stderr(err):
                 code = case.run()

@@ -76,7 +76,9 @@ def _deployed(report: RunReport, directory: Path) -> None:
     """As if files had been written: no runtime is needed for the report of them."""
     rows = [LayerRow("stem.0", "weight", "uniform", 4, "i4", 18, "brgconv_I8", "int8", 36, 0, 0, 36)]
     for result in report.results:
-        result.deployments = [Deployment("export/model.xml", 0.5, 100, 800, rows, True, None, ["a note"], "openvino", 200)]
+        result.deployments = [
+            Deployment("export/model.xml", 0.5, 100, 800, rows, True, None, ["a note"], "openvino", 200)
+        ]
     data = report.to_dict()
     data["results"] = [result_to_dict(r) for r in report.results]
     (directory / "report.json").write_text(json.dumps(data))
@@ -93,18 +95,28 @@ def _foreign(rng: Random) -> tuple[bytes, str]:
     if how == 0:
         return pickle.dumps({"weight": _Pickled()}), "a pickle"
     if how == 1:
-        return struct.pack("<Q", rng.choice((2**63, 2**40, 10**8, 0, 2**64 - 1))) + b"{}", "a header that claims too much"
+        return struct.pack(
+            "<Q", rng.choice((2**63, 2**40, 10**8, 0, 2**64 - 1))
+        ) + b"{}", "a header that claims too much"
     if how == 2:
         size = rng.choice((2**60, 2**40, 400, -4))
-        return _with_header({"a": {"dtype": "F32", "shape": [size], "data_offsets": [0, size * 4]}}, b"1234"), "a huge tensor"
+        return _with_header(
+            {"a": {"dtype": "F32", "shape": [size], "data_offsets": [0, size * 4]}}, b"1234"
+        ), "a huge tensor"
     if how == 3:
         shape = rng.choice(([-1], [1.5], ["x"], [[1]], None, [2**70], [0] * 100_000))
-        return _with_header({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}, b"1234"), "a shape that is none"
+        return _with_header(
+            {"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}, b"1234"
+        ), "a shape that is none"
     if how == 4:
         dtype = rng.choice(("F99", "", None, "I4", 3))
-        return _with_header({"a": {"dtype": dtype, "shape": [1], "data_offsets": [0, 4]}}, b"1234"), "a type that is none"
+        return _with_header(
+            {"a": {"dtype": dtype, "shape": [1], "data_offsets": [0, 4]}}, b"1234"
+        ), "a type that is none"
     if how == 5:
-        text = rng.choice(("{}", "[]", "null", "", "[" * 100_000, '{"format": 99}', '{"format": 1, "zzz": 2}', "NaN", "9" * 5000))
+        text = rng.choice(
+            ("{}", "[]", "null", "", "[" * 100_000, '{"format": 99}', '{"format": 1, "zzz": 2}', "NaN", "9" * 5000)
+        )
         key = rng.choice(("fat_plugins", "fat_plugins_state"))
         return save({"a": torch.zeros(1)}, metadata={key: text}), f"description {text[:20]!r}"
     if how == 6:
@@ -112,7 +124,9 @@ def _foreign(rng: Random) -> tuple[bytes, str]:
     if how == 7:
         header = {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
         return _with_header({**header, "b": header["a"]}, b"1234"), "tensors that overlap"
-    return _with_header({"__metadata__": rng.choice((3, [], {"a": 1}, {"fat_plugins": None}))}, b""), "metadata that is none"
+    return _with_header(
+        {"__metadata__": rng.choice((3, [], {"a": 1}, {"fat_plugins": None}))}, b""
+    ), "metadata that is none"
 
 
 def _with_header(header: Any, body: bytes) -> bytes:
@@ -212,13 +226,13 @@ class _OfRun:
 class Checkpoints(_OfRun):
     """Checkpoints read by Python and by ``summary``."""
 
-    name, share = "checkpoints", 1500
+    name, share = "checkpoints", 1000
 
     def case(self, rng: Random) -> Case:
         self.fresh()
         path = self.run / "checkpoint" / "last.safetensors"
         what = _bad_checkpoint(rng, self.good / "checkpoint" / "last.safetensors", path)
-        if rng.random() < 0.4:
+        if rng.random() < 0.8:
             return Case(what, lambda: _load(path), names=("last.safetensors",), folder=self.folder)
         names = ("last.safetensors", "data.params", "host", "model")
         return Case(what, lambda: command("summary", self.run, "--checkpoint", "last"), names=names, folder=self.folder)
@@ -231,7 +245,7 @@ def _load(path: Path) -> None:
 class Results(_OfRun):
     """``report``, ``summary``, ``export``, ``verify`` on a damaged directory."""
 
-    name, share = "run directories", 800
+    name, share = "run directories", 150
 
     def case(self, rng: Random) -> Case:
         self.fresh()
@@ -275,7 +289,7 @@ def _no_directory(rng: Random, path: Path) -> str:
 class Resumes(_OfRun):
     """``train --resume`` with damaged files of the state."""
 
-    name, share, complete = "training states (--resume)", 800, False
+    name, share, complete = "training states (--resume)", 200, False
 
     def case(self, rng: Random) -> Case:
         self.fresh()
@@ -306,7 +320,7 @@ class Resumes(_OfRun):
         else:
             data, what = damage_text(rng, (self.run / "recipe.yaml").read_text(), "# ")
             (self.run / "recipe.yaml").write_bytes(data)
-        return Case(what, lambda: command("train", "--resume", "-o", self.run, "--quiet"), folder=None)
+        return Case(what, lambda: command("train", "--resume", "-o", self.run, "--quiet"), writes=self.run)
 
     def _edited(self, rng: Random, path: Path) -> str:
         """A state whose digest is right and whose contents are not."""
@@ -350,7 +364,7 @@ def _json(tree: Any) -> str:
 class Tensors:
     """Pretrained weights: ``model.weights``."""
 
-    name, share, needs = "pretrained weights", 500, ("sklearn",)
+    name, share, needs = "pretrained weights", 1000, ("sklearn",)
 
     def __init__(self, folder: Path) -> None:
         from fat_plugins.recipes.models import DigitsCNN
@@ -378,7 +392,9 @@ class Tensors:
             if suffix == "safetensors":
                 data = save(state)
             else:
-                value: Any = rng.choice((state, {"model": state}, [state], {"model": _Pickled()}, _Pickled(), {1: state}, 3))
+                value: Any = rng.choice(
+                    (state, {"model": state}, [state], {"model": _Pickled()}, _Pickled(), {1: state}, 3)
+                )
                 torch.save(value, path)
                 data, what = path.read_bytes(), f"{what}, in a {type(value).__name__}"
         path.write_bytes(data)

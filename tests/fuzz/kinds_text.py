@@ -79,7 +79,7 @@ def section(rng: Random) -> dict[str, Any]:
 class Sections:
     """Sections handed over from Python."""
 
-    name, share, needs = "compression sections", 2500, ()
+    name, share, needs = "compression sections", 4000, ()
 
     def __init__(self, folder: Path) -> None: ...
 
@@ -150,7 +150,7 @@ def _damaged_json(rng: Random, good: Any, free: Any) -> tuple[bytes, Damage]:
 class Nncf2Configs:
     """``fat-plugins convert``."""
 
-    name, share, needs = "configs of NNCF 2 (convert)", 1500, ()
+    name, share, needs = "configs of NNCF 2 (convert)", 2000, ()
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -168,7 +168,7 @@ class Nncf2Configs:
 class JsonConfigs:
     """Files with a whole config, as scripts and recipes read them."""
 
-    name, share, needs = "JSON configs", 1500, ()
+    name, share, needs = "JSON configs", 2000, ()
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -248,7 +248,7 @@ def _free_in_recipe(path: tuple) -> bool:
 class Recipes:
     """``fat-plugins train`` up to the moment at which it would make the directory of the run."""
 
-    name, share, needs = "recipes", 3000, ()
+    name, share, needs = "recipes", 2500, ()
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -256,7 +256,8 @@ class Recipes:
 
     def case(self, rng: Random) -> Case:
         good = json.loads(json.dumps(RECIPE))
-        if rng.random() < 0.3:
+        self.other = rng.random() < 0.3
+        if self.other:
             good["data"] = json.loads(json.dumps(rng.choice(_OTHERS)))
         kind = rng.random()
         if kind < 0.55:
@@ -273,7 +274,7 @@ class Recipes:
 
     def _of(self, data: bytes, bad: Damage) -> Case:
         path = _write(self.folder, "bad.yaml", data)
-        names = (*bad.names, "bad.yaml") if bad.names else ()
+        names = (*bad.names, "bad.yaml", *(("data.params",) if self.other else ())) if bad.names else ()
         run = self.folder / "run"
         return Case(bad.what, lambda: begin_training(path, "-o", run), bad.bad, names, bad.hint, self.folder)
 

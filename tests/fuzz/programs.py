@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+#: where parts that the tests of recipes share lie
+RECIPES = Path(__file__).parents[1] / "recipes"
+sys.path[:0] = [str(RECIPES), str(RECIPES.parent)]
 
 from toy_host import ToyHost
 
