@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,21 @@ def unique(name: str, kind: str, taken: set[tuple[str, str]]) -> str:
         candidate = f"{name}#{n}"
     taken.add((kind, candidate))
     return candidate
+
+
+@contextmanager
+def reading(path: str | os.PathLike) -> Iterator[None]:
+    """An exported file is taken apart inside; whatever a damaged one leads to is an error of the file.
+
+    :raises ExportError: names the file.
+    """
+    try:
+        yield
+    except (ExportError, MemoryError):
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise ExportError(f"{path}: damaged, or not as it was exported ({what})") from error
 
 
 def first_line(error: Exception) -> str:

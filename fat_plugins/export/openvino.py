@@ -117,6 +117,10 @@ def read_model(path: str | os.PathLike) -> Any:
     for part in (path, path.with_suffix(".bin")):
         if not part.is_file():
             raise ExportError(f"{part}: no such file")
+    with path.open("rb") as file:
+        head = file.read(200).lstrip()
+    if not head.startswith(b"<?xml"):  # OpenVINO tries it in other formats, whose readers print what they think of it
+        raise ExportError(f"{path}: not an OpenVINO IR")
     try:
         return _ov.openvino().Core().read_model(str(path))
     except Exception as error:

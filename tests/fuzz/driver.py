@@ -35,6 +35,10 @@ def kinds() -> list[type]:
     """What can be damaged, of which the packages are installed."""
     from importlib.util import find_spec
 
+    if find_spec("torchvision") is not None:
+        from torchvision_shim import import_torchvision
+
+        import_torchvision()
     found = [*kinds_text.KINDS]
     for name in ("kinds_runs", "kinds_data", "kinds_exports"):
         if (Path(__file__).parent / f"{name}.py").exists():

@@ -173,6 +173,7 @@ class JsonConfigs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         recipe = {**RECIPE, "compression": "config.json", "baselines": []}
+        recipe["training"] = {k: v for k, v in RECIPE["training"].items() if k != "stages"}
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
     def case(self, rng: Random) -> Case:
@@ -274,7 +275,7 @@ class Recipes:
 
     def _of(self, data: bytes, bad: Damage) -> Case:
         path = _write(self.folder, "bad.yaml", data)
-        names = (*bad.names, "bad.yaml", *(("data.params",) if self.other else ())) if bad.names else ()
+        names = (*bad.names, "bad.yaml", *(("data.params", "data '") if self.other else ())) if bad.names else ()
         run = self.folder / "run"
         return Case(bad.what, lambda: begin_training(path, "-o", run), bad.bad, names, bad.hint, self.folder)
 
