@@ -20,6 +20,7 @@ from fat_plugins.recipes.schema import Recipe
 
 #: no honest recipe is larger, and the parser takes seconds for a megabyte
 MAX_BYTES = 200_000
+MAX_TOKENS = 20_000
 #: files that one recipe is made of
 MAX_FILES = 16
 #: a section that names another thing than the one it replaces has nothing to do with it
@@ -138,9 +139,11 @@ def _lines(node: yaml.Node | None, path: tuple = (), found: dict[tuple, int] | N
 
 
 def _refuse_bombs(text: str) -> None:
-    """Aliases, which can grow without bound, and nesting that no recipe has but that takes the parser minutes."""
+    """Aliases, which can grow without bound, and nesting and lengths that no recipe has but that take minutes."""
     depth = 0
-    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+    for number, token in enumerate(yaml.scan(text, Loader=yaml.SafeLoader)):
+        if number > MAX_TOKENS:
+            raise ConfigError(f"line {token.start_mark.line + 1}: more than {MAX_TOKENS} words and signs before it")
         depth += isinstance(token, _STARTS) - isinstance(token, _ENDS)
         if depth > MAX_DEPTH:
             raise ConfigError(f"line {token.start_mark.line + 1}: nested deeper than {MAX_DEPTH} levels")

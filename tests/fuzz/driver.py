@@ -90,10 +90,10 @@ def main() -> int:
             tally = run(kind, options.seed, numbers)
             table[kind.name] = {
                 "inputs": len(numbers), "refused": tally.refused, "valid after all": tally.accepted,
-                "defects": len(tally.defects), "slowest, s": round(tally.slowest, 1),
+                "defects": len(tally.defects), "slowest, s": round(tally.slowest[0], 1),
                 "all, s": round(perf_counter() - begin),
             }  # fmt: skip
-            print(f"{kind.name}: {table[kind.name]}", flush=True)
+            print(f"{kind.name}: {table[kind.name]} slowest: {tally.slowest[1]}", flush=True)
     total = {
         key: sum(row[key] for row in table.values()) for key in ("inputs", "refused", "valid after all", "defects")
     }

@@ -230,10 +230,10 @@ class Tally:
     refused: int = 0
     accepted: int = 0
     defects: list[str] = field(default_factory=list)
-    slowest: float = 0.0
+    slowest: tuple[float, str] = (0.0, "")
 
     def add(self, verdict: Verdict, name: str) -> None:
-        self.slowest = max(self.slowest, verdict.seconds)
+        self.slowest = max(self.slowest, (verdict.seconds, name))
         if verdict.status == DEFECT:
             self.defects.append(f"{name}: {verdict.message}")
         elif verdict.status == REFUSED:

@@ -90,6 +90,7 @@ class HostConfigs:
         from fat_nncf.recipe_host import NNCFHost
 
         section = copy.deepcopy(SECTION)
+        del section["activations"]["unified_scale_ops"]  # NNCF 3 has none
         good: dict[str, Any] = {
             "input_info": {"sample_size": [1, 1, 8, 8]},
             "target_device": "CPU",
