@@ -74,9 +74,9 @@ def check_state(optimizer: torch.optim.Optimizer, where: str) -> None:
             numbers = (bool, int, float)
             if not isinstance(value, numbers if isinstance(usual, numbers) else (type(usual), list, *numbers)):
                 raise CheckpointError(f"{where}: optimizer: {key} is {shown(value)}, expected as {usual!r}")
-    keys = {tuple(sorted(moments)) for moments in optimizer.state.values()}
-    if len(keys) > 1:
-        raise CheckpointError(f"{where}: optimizer: moments of some parameters are missing: {shown(sorted(keys))}")
+    kinds = {tuple(sorted((k, type(v).__name__) for k, v in m.items())) for m in optimizer.state.values()}
+    if len(kinds) > 1:
+        raise CheckpointError(f"{where}: optimizer: moments of some parameters are missing: {shown(sorted(kinds))}")
     for parameter, moments in optimizer.state.items():
         for key, value in moments.items():
             if not isinstance(value, torch.Tensor):
@@ -84,8 +84,6 @@ def check_state(optimizer: torch.optim.Optimizer, where: str) -> None:
                     raise CheckpointError(f"{where}: optimizer: {key} is {shown(value)}, expected numbers")
             elif value.numel() != 1 and value.shape != parameter.shape:
                 raise CheckpointError(f"{where}: optimizer: {key} has shape {tuple(value.shape)}, not the parameter's")
-            elif bool(torch.isnan(value).any()):
-                raise CheckpointError(f"{where}: optimizer: {key} holds NaN")
 
 
 def check_options(name: str, options: dict[str, Any]) -> None:

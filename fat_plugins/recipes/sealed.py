@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,12 +31,26 @@ def seal(tensors: Mapping[str, Tensor], text: str) -> dict[str, str]:
 
 
 def check_seal(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], text: str, where: str) -> None:
-    """Refuse a file of which a bit has changed. Files from before 0.2 have no digest and pass.
+    """Refuse a file of which a bit has changed. Files that were written before there was one pass.
 
     :raises CheckpointError: names the file.
     """
     if metadata.get(_KEY, "") not in ("", _digest(tensors, text)):
         raise CheckpointError(f"{where}: damaged: its contents are not those that were written (SHA-256 differs)")
+
+
+def refuse_nan(tree: Any, where: str, path: str = "") -> None:
+    """Refuse a tree of which a tensor holds NaN: a training that went on from it would only end in an error later.
+
+    :raises CheckpointError: names the tensor.
+    """
+    if isinstance(tree, Tensor):
+        if tree.is_floating_point() and bool(torch.isnan(tree).any()):
+            raise CheckpointError(f"{where}: {path} holds NaN")
+        return
+    pairs = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
+    for key, value in pairs:
+        refuse_nan(value, where, f"{path}.{key}" if path else str(key))
 
 
 @contextmanager

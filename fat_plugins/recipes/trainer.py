@@ -28,7 +28,7 @@ from fat_plugins.recipes.optim import check_state, lr_factor, make_optimizer
 from fat_plugins.recipes.parts import Precision
 from fat_plugins.recipes.progress import Phase, Reporter
 from fat_plugins.recipes.schema import TrainSection
-from fat_plugins.recipes.sealed import contents_of
+from fat_plugins.recipes.sealed import contents_of, refuse_nan
 from fat_plugins.recipes.state import Saving, random_state, seed_everything, set_random_state
 from fat_plugins.recipes.world import World
 
@@ -171,6 +171,7 @@ class Trainer:
         :raises CheckpointError: the state is of another model, of other parts or of another number of processes.
         """
         with contents_of(where):
+            refuse_nan(state, where)
             self._load(state, where)
 
     def _load(self, state: dict[str, Any], where: str) -> None:
