@@ -29,6 +29,22 @@ def model_path(directory: Path, target: Target) -> Path:
     return directory / "export" / target.file
 
 
+def check_inside(directory: Path, *paths: Path) -> None:
+    """Refuse to write below a run's directory where a link leads out of it.
+
+    :param paths: of files or folders that are going to be written.
+    :raises ConfigError: names the path and where it leads.
+    """
+    try:
+        root = directory.resolve()
+        for path in paths:
+            real = path.parent.resolve()
+            if not real.is_relative_to(root):
+                raise ConfigError(f"{path}: leads out of the run's directory, to {real}: nothing is written there")
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise ConfigError(f"{directory}: {error}") from None
+
+
 @contextmanager
 def run_directory(directory: Path, overwrite: bool, say: Callable[[str], None] = lambda _: None) -> Iterator[Path]:
     """Where a run may write. An earlier run in ``directory`` is replaced only when the new one is complete.
@@ -80,6 +96,10 @@ def resumed_directory(directory: Path, recipe: Recipe) -> Path:
         raise ConfigError(f"--resume: {key} is {_short(new)}, the run in {directory} was started with {_short(old)}")
     if not os.access(directory, os.W_OK | os.X_OK):
         raise ConfigError(f"output {directory} cannot be written to")
+    folders = ("checkpoint", "export", STATE, "baselines/x", "seeds/x")
+    check_inside(directory, *(directory / folder / "x" for folder in folders))
+    for part in (*directory.glob("baselines/*"), *directory.glob("seeds/*"), *directory.glob("seeds/*/baselines/*")):
+        check_inside(directory, *(part / folder / "x" for folder in folders[:3]))
     return directory.resolve()
 
 

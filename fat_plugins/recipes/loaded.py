@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from fat_plugins.errors import CheckpointError, ConfigError
+from fat_plugins.errors import CheckpointError, ConfigError, FatPluginsError
 from fat_plugins.explain import explain
 from fat_plugins.recipes.checkpoint import Checkpoint, load_checkpoint, load_state
 from fat_plugins.recipes.data import Data
@@ -70,13 +70,16 @@ def load_run(directory: Path, which: str | None = None) -> LoadedRun:
     torch.manual_seed(0)
     model = recipe.model.build(data)
     check_fit(model, recipe.model.name, data.example, data.classes)
-    with contents_of(str(path)):
-        _, model = host.compress(
-            model,
-            checkpoint.config,
-            data.calibration_loader(recipe.data.batch_size),
-            data.example,
-            compression_state=checkpoint.compression_state,
-        )
+    try:
+        with contents_of(str(path)):
+            _, model = host.compress(
+                model,
+                checkpoint.config,
+                data.calibration_loader(recipe.data.batch_size),
+                data.example,
+                compression_state=checkpoint.compression_state,
+            )
+    except FatPluginsError as error:
+        raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from error
     load_state(model, checkpoint.state, str(path))
     return LoadedRun(recipe, data, host, model.eval(), checkpoint)

@@ -8,6 +8,7 @@ from statistics import mean
 from typing import Any
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -309,9 +310,11 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _rich(title: str, header: list[str], rows: list[list[str]], no_wrap: bool = False) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     for i, column in enumerate(header):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold", no_wrap=no_wrap and i > 0)
+        table.add_column(
+            escape(column), justify="left" if i == 0 else "right", overflow="fold", no_wrap=no_wrap and i > 0
+        )
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     return table

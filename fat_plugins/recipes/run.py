@@ -47,6 +47,7 @@ from fat_plugins.recipes.progress import Reporter
 from fat_plugins.recipes.report import RunReport, VariantResult
 from fat_plugins.recipes.resume import RunState, finished_run, result_from_dict, result_to_dict
 from fat_plugins.recipes.schema import BaselineSection, Recipe
+from fat_plugins.recipes.sealed import contents_of
 from fat_plugins.recipes.state import seed_everything
 from fat_plugins.recipes.trainer import evaluate
 from fat_plugins.recipes.variant import Context, Options, Variant
@@ -94,7 +95,8 @@ def train(
         state = RunState(target, own, reporter.say, writes=world.main)
         context = Context(recipe, data, host, reporter, target, state, options, world, interrupts or Interrupts())
         if options.resume:
-            state.resume()
+            with contents_of(str(state.path.with_name("run.json"))):
+                state.resume()
         else:
             if world.main:
                 write_text(target / RECIPE, dump_recipe(recipe))

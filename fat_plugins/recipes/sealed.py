@@ -61,12 +61,8 @@ def contents_of(where: str) -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, OSError):
+    except (FatPluginsError, MemoryError, OSError):
         raise
-    except FatPluginsError as error:
-        if where in str(error):
-            raise
-        raise CheckpointError(f"{where}: {error}") from error
     except Exception as error:
         what = one_line(str(error).strip().split("\n")[0], 200)
         raise CheckpointError(

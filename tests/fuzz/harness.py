@@ -19,9 +19,9 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fat_plugins.errors import FatPluginsError
-
 from mutate import CANARY
+
+from fat_plugins.errors import FatPluginsError
 
 #: seconds of the clock and of the processor that one input may take; megabytes by which it may raise the peak of memory
 CLOCK, PROCESSOR, MEMORY = 60, 10.0, 700

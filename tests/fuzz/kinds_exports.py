@@ -59,30 +59,45 @@ class _Exported:
 
     def edited(self, rng: Random, text: str) -> tuple[bytes, str]:
         """Words of the file's own language exchanged."""
-        words = ("i4", "f32", "Convolution", "FakeQuantize", "stem", "axis", "64", "6", "3", "4", "weight", "uses", "kind", "bits")
+        words = (
+            "i4",
+            "f32",
+            "Convolution",
+            "FakeQuantize",
+            "stem",
+            "axis",
+            "64",
+            "6",
+            "3",
+            "4",
+            "weight",
+            "uses",
+            "kind",
+            "bits",
+        )
         old, new = rng.choice(words), rng.choice((*words, "", "-1", "99999999999", "&x;", "<", "\0"))
         return text.replace(old, new).encode("latin1"), f"{old!r} replaced by {new!r}"
 
 
 class Irs(_Exported):
-    name, share, needs, module = "OpenVINO files", 200, ("openvino",), "fat_plugins.export.openvino"
+    name, share, needs, module = "OpenVINO files", 80, ("openvino",), "fat_plugins.export.openvino"
     files = ("model.xml", "model.bin")
 
 
 class Onnx(_Exported):
-    name, share, needs, module = "ONNX files", 200, ("onnx", "onnxruntime", "onnxscript"), "fat_plugins.export.onnx"
+    name, share, needs, module = "ONNX files", 80, ("onnx", "onnxruntime", "onnxscript"), "fat_plugins.export.onnx"
     files = ("model.onnx",)
 
 
 class Qonnx(_Exported):
-    name, share, needs, module = "QONNX files", 100, ("onnx", "qonnx", "onnxscript"), "fat_plugins.export.qonnx"
+    name, share, needs, module = "QONNX files", 40, ("onnx", "qonnx", "onnxscript"), "fat_plugins.export.qonnx"
     files = ("model.onnx",)
 
 
 class HostConfigs:
     """Whole configs as NNCF's users give them to ``create_compressed_model``'s config."""
 
-    name, share, needs = "configs for NNCF", 400, ("nncf",)
+    name, share, needs = "configs for NNCF", 300, ("nncf",)
 
     def __init__(self, folder: Path) -> None: ...
 

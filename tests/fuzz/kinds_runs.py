@@ -226,7 +226,7 @@ class _OfRun:
 class Checkpoints(_OfRun):
     """Checkpoints read by Python and by ``summary``."""
 
-    name, share = "checkpoints", 1000
+    name, share = "checkpoints", 900
 
     def case(self, rng: Random) -> Case:
         self.fresh()
@@ -245,7 +245,7 @@ def _load(path: Path) -> None:
 class Results(_OfRun):
     """``report``, ``summary``, ``export``, ``verify`` on a damaged directory."""
 
-    name, share = "run directories", 150
+    name, share = "run directories", 100
 
     def case(self, rng: Random) -> Case:
         self.fresh()
@@ -289,7 +289,7 @@ def _no_directory(rng: Random, path: Path) -> str:
 class Resumes(_OfRun):
     """``train --resume`` with damaged files of the state."""
 
-    name, share, complete = "training states (--resume)", 200, False
+    name, share, complete = "training states (--resume)", 120, False
 
     def case(self, rng: Random) -> Case:
         self.fresh()

@@ -79,7 +79,7 @@ def section(rng: Random) -> dict[str, Any]:
 class Sections:
     """Sections handed over from Python."""
 
-    name, share, needs = "compression sections", 4000, ()
+    name, share, needs = "compression sections", 4500, ()
 
     def __init__(self, folder: Path) -> None: ...
 
@@ -150,7 +150,7 @@ def _damaged_json(rng: Random, good: Any, free: Any) -> tuple[bytes, Damage]:
 class Nncf2Configs:
     """``fat-plugins convert``."""
 
-    name, share, needs = "configs of NNCF 2 (convert)", 2000, ()
+    name, share, needs = "configs of NNCF 2 (convert)", 2500, ()
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -168,7 +168,7 @@ class Nncf2Configs:
 class JsonConfigs:
     """Files with a whole config, as scripts and recipes read them."""
 
-    name, share, needs = "JSON configs", 2000, ()
+    name, share, needs = "JSON configs", 2500, ()
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -249,7 +249,7 @@ def _free_in_recipe(path: tuple) -> bool:
 class Recipes:
     """``fat-plugins train`` up to the moment at which it would make the directory of the run."""
 
-    name, share, needs = "recipes", 2500, ()
+    name, share, needs = "recipes", 2000, ()
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -340,7 +340,7 @@ def _dumped(rng: Random, tree: Any) -> str:
 class Settings:
     """``fat-plugins train --set``."""
 
-    name, share, needs = "settings of the command line", 600, ()
+    name, share, needs = "settings of the command line", 400, ()
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
