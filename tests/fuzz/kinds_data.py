@@ -198,9 +198,11 @@ def model(sample_shape, classes, wrong=""):
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(inputs, {"model outputs": 5}.get(wrong, classes)))
     return {"model none": None, "model class": torch.nn.Linear}.get(wrong, net)
 """
-_WRONG = ("nan", "inf", "size", "channels", "flat", "bytes", "double", "numpy", "none", "large label", "negative label",
-          "float label", "text label", "huge label", "no label", "empty", "iterator", "number", "classes text", "classes 0",
-          "classes -1", "classes 10**12", "missing", "extra", "nothing")  # fmt: skip
+_WRONG = (
+    "nan", "inf", "size", "channels", "flat", "bytes", "double", "numpy", "none", "large label", "negative label",
+    "float label", "text label", "huge label", "no label", "empty", "iterator", "number", "classes text", "classes 0",
+    "classes -1", "classes 10**12", "missing", "extra", "nothing",
+)  # fmt: skip
 _MODEL = ("model inputs", "model outputs", "model none", "model class")
 
 

@@ -30,6 +30,7 @@ from fat_plugins.recipes.state import from_bytes, to_bytes
 from fat_plugins.recipes.trainer import Trainer
 from fat_plugins.recipes.variant import Options
 
+#: trained in a second
 TINY: dict[str, Any] = {
     "name": "tiny",
     "model": {"name": "digits_cnn", "params": {"width": 4}},
@@ -163,8 +164,7 @@ def _edited_state(rng: Random, state: dict[str, torch.Tensor]) -> tuple[dict[str
 
 def _edited_description(rng: Random, checkpoint: Checkpoint) -> str:
     """The JSON of a checkpoint changed in one place."""
-    parts = {"config": checkpoint.config, "compression_state": checkpoint.compression_state, "recipe": checkpoint.recipe,
-             "progress": checkpoint.progress, "metrics": checkpoint.metrics}  # fmt: skip
+    parts = {k: v for k, v in vars(checkpoint).items() if k != "state"}
     if rng.random() < 0.15:
         parts["recipe"] = {**parts["recipe"], "data": {"name": "callable", "params": {"factory": f"{CANARY}:data"}}}
         what = "data of a function"

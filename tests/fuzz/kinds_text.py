@@ -42,7 +42,9 @@ SECTION: dict[str, Any] = {
     "last_layer": "float",
     "ignored_scopes": ["conv1"],
     "scope_overrides": {
-        "weights": {"conv2": {"bits": 3, "algorithm": "fat", "per_channel": False, "params": {"restore_scale": "auto"}}},
+        "weights": {
+            "conv2": {"bits": 3, "algorithm": "fat", "per_channel": False, "params": {"restore_scale": "auto"}}
+        },
         "activations": {"{re}conv.*": {"bits": 8}},
     },
     "initializer": {"range": {"num_init_samples": 16}, "batchnorm_adaptation": {"num_bn_adaptation_samples": 0}},
@@ -212,7 +214,7 @@ RECIPE: dict[str, Any] = {
     "compression": {"algorithm": "lsq", "weights": {"bits": 4}, "activations": {"bits": 4}, "first_layer": 8},
     "pretrain": {
         "epochs": 2,
-        "optimizer": {"name": "adam", "lr": 0.1, "weight_decay": 0.0001, "options": {"betas": [0.9, 0.99], "eps": 1e-8}},
+        "optimizer": {"name": "adam", "lr": 0.1, "weight_decay": 1e-4, "options": {"betas": [0.9, 0.99], "eps": 1e-8}},
         "schedule": {"name": "multistep", "milestones": [1], "gamma": 0.1, "warmup_epochs": 0.5},
         "label_smoothing": 0.1,
         "clip_norm": 1.0,
@@ -348,15 +350,17 @@ class Settings:
 
     def case(self, rng: Random) -> Case:
         path = [str(p) for p in rng.choice(list(paths(RECIPE)))]
-        bad, hint = False, None
-        if rng.random() < 0.3 and len(path[-1]) > 3 and "options" not in path:
-            hint, path[-1] = path[-1], misspelt(rng, path[-1])
-            bad = path[-1] != hint and not any(p.isdigit() for p in path)
         value = rng.choice((*YAML_SNIPPETS, *HOSTILE, "3", "-1", "x", "[1, 2]", "{a: 1}"))[:60_000].replace("\0", "")
-        text = rng.choice((f"{'.'.join(path)}={value}",) * 8 + (value, f"={value}", f"a..b={value}", ".=.", ""))
-        recipe = self.folder / "recipe.yaml"
-        return Case(text[:80], lambda: begin_training(recipe, "-o", self.folder / "run", "--set", text),
-                    bad and text.startswith(path[0]) and "=" in text and False, folder=self.folder, hint=None)  # fmt: skip
+        hint, recipe = None, self.folder / "recipe.yaml"
+        if rng.random() < 0.3 and len(path[-1]) > 3 and "options" not in path and not any(p.isdigit() for p in path):
+            hint, path[-1], value = path[-1], misspelt(rng, path[-1]), "3"
+        if hint == path[-1]:
+            hint = None
+        text = f"{'.'.join(path)}={value}"
+        if hint is None and rng.random() < 0.1:
+            text = rng.choice((value, f"={value}", f"a..b={value}", ".=.", ""))
+        run = lambda: begin_training(recipe, "-o", self.folder / "run", "--set", text)  # noqa: E731
+        return Case(text[:80], run, hint is not None, folder=self.folder, hint=hint)
 
 
 KINDS = (Sections, JsonConfigs, Nncf2Configs, Recipes, Settings)

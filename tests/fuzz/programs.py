@@ -13,10 +13,10 @@ from unittest import mock
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path[:0] = [str(RECIPES), str(RECIPES.parent)]
 
-from toy_host import ToyHost
+from toy_host import ToyHost  # noqa: E402
 
-from fat_plugins import cli
-from fat_plugins.recipes import hosts, loaded, run, targets
+from fat_plugins import cli  # noqa: E402
+from fat_plugins.recipes import hosts, loaded, run, targets  # noqa: E402
 
 
 def command(*args: Any) -> int:
