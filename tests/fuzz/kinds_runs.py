@@ -18,7 +18,7 @@ import torch
 import yaml
 from harness import Case
 from mutate import CANARY, damage, damage_bytes, damage_text, deep
-from programs import command
+from programs import command, without_hosts
 from safetensors.torch import save
 
 from fat_plugins.recipes import load_recipe, run
@@ -49,7 +49,12 @@ class _Cut(BaseException):
 
 @cache
 def runs() -> tuple[Path, Path]:
-    """Directories of a complete run, and of one that was cut while its quantizers learned. Made once."""
+    """Directories of a complete run, and of one that was cut while its quantizers learned. Made once, on the toy host."""
+    with without_hosts():
+        return _made()
+
+
+def _made() -> tuple[Path, Path]:
     root = Path(mkdtemp(prefix="fuzz-runs-"))
     (root / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     recipe = load_recipe(root / "tiny.yaml")

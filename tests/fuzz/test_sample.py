@@ -15,7 +15,7 @@ from fat_plugins.config import CompressionConfig
 from fat_plugins.errors import ConfigError, FatPluginsError, one_line, shown
 
 #: inputs of each kind; those of slow ones
-COUNT, FEW = 25, 3
+COUNT, FEW = 12, 2
 SLOW = ("run directories", "training states (--resume)", "QONNX files", "ONNX files", "OpenVINO files")
 NAMES = [kind.name for kind in driver.kinds()]
 
