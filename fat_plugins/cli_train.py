@@ -16,7 +16,7 @@ import typer
 from fat_plugins.errors import ConfigError, FatPluginsError
 from fat_plugins.recipes import Options, Recipe, Reporter, RunReport, load_recipe
 from fat_plugins.recipes import train as run
-from fat_plugins.recipes.directory import RECIPE
+from fat_plugins.recipes.directory import RECIPE, no_run
 from fat_plugins.recipes.imports import allowed
 from fat_plugins.recipes.interrupt import Interrupted, Interrupts
 from fat_plugins.recipes.logs import JsonLines, Log, TensorBoard
@@ -96,7 +96,7 @@ def _planned(settings: Settings) -> tuple[Recipe, Path]:
         if not settings.resume or settings.output is None:
             raise ConfigError("train: which recipe? RECIPE may be left out only with --resume and --output")
         if not (settings.output / RECIPE).is_file():
-            raise ConfigError(f"--resume: {settings.output} holds no run (no {RECIPE}); start one without --resume")
+            raise ConfigError(no_run(settings.output))
         name = str(settings.output / RECIPE)
     recipe = load_recipe(name, settings.changes)
     if settings.epochs is not None:

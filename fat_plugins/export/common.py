@@ -139,6 +139,8 @@ def check_model(model: nn.Module) -> None:
             raise ExportError(f"{module.name}: the activation quantizer was never calibrated")
         if not bool(torch.isfinite(module.scale).all()):
             raise ExportError(f"{module.name}: the scale is not finite")
+        if bool(torch.isnan(getattr(module, "thresholds", module.scale)).any()):
+            raise ExportError(f"{module.name}: the thresholds hold NaN")
         # an activation range of zero width crashes some versions of OpenVINO's CPU plugin
         if not hasattr(module, "codes") and not bool((module.scale > 0).all()):
             raise ExportError(f"{module.name}: the scale of an activation must be positive")
