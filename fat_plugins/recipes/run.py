@@ -41,6 +41,7 @@ from fat_plugins.recipes.directory import (
 from fat_plugins.recipes.hosts import get_host
 from fat_plugins.recipes.interrupt import Interrupted, Interrupts
 from fat_plugins.recipes.loader import dump_recipe
+from fat_plugins.recipes.loading import lost_workers_told
 from fat_plugins.recipes.parts import parts_of
 from fat_plugins.recipes.progress import Reporter
 from fat_plugins.recipes.report import RunReport, VariantResult
@@ -99,9 +100,10 @@ def train(
             state.begin()
         reporter.event("start", recipe=recipe.name, directory=str(target), resumed=options.resume, seeds=recipe.seeds)
         try:
-            for i, seed in enumerate(recipe.seeds):
-                context.seed = seed
-                _run_seed(context, target if i == 0 else target / "seeds" / str(seed))
+            with lost_workers_told():
+                for i, seed in enumerate(recipe.seeds):
+                    context.seed = seed
+                    _run_seed(context, target if i == 0 else target / "seeds" / str(seed))
         except BaseException as error:
             if isinstance(error, Interrupted):
                 error.directory = target

@@ -23,6 +23,8 @@ from fat_plugins.recipes.state import from_bytes, to_bytes
 DEVICES = ("auto", "cpu", "cuda")
 #: key of the store that the first process to fail sets
 _FAILED = "failed"
+#: seconds that the first process waits, when it fails, for the others to notice
+_PATIENCE = 5.0
 #: seconds between two looks for a message of the first process
 _POLL = 0.05
 
@@ -138,9 +140,21 @@ class World:
         if self.size == 1:
             return True
         try:
-            return self._store.add(_FAILED, 1) == 1
-        except RuntimeError:  # the process that kept the store is gone
-            return False
+            first = self._store.add(_FAILED, 1) == 1
+            if self.main:  # which may keep the store: the others are to find the report in it
+                _leave_group()
+                end = time.monotonic() + _PATIENCE
+                while self._store.add(_FAILED, 0) < self.size and time.monotonic() < end:
+                    time.sleep(_POLL)
+            return first
+        except RuntimeError:  # the process that kept the store was killed, and could not tell anybody
+            return True
+
+
+def _leave_group() -> None:
+    """Whoever waits for this process in a sum gets an error."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 @contextmanager
@@ -167,4 +181,4 @@ def joined(device: str = "auto") -> Iterator[World]:
     try:
         yield World(rank, size, chosen, distributed.PrefixStore("fat_plugins", store))
     finally:
-        distributed.destroy_process_group()
+        _leave_group()

@@ -59,49 +59,72 @@ class End:
     writes: int = 0
 
 
+class Child:
+    """``python -m fat_plugins ARGS`` in ``folder``, started.
+
+    :param name: distinguishes children of one folder.
+    :param env: further variables of its environment.
+    """
+
+    def __init__(
+        self,
+        args: Sequence[str],
+        folder: Path,
+        blow: Blow | None = None,
+        name: str = "",
+        env: dict[str, str] | None = None,
+    ) -> None:
+        self.args, self.blow = args, blow
+        self.output, self.counter = folder / f"output{name}.txt", folder / f"writes{name}.txt"
+        self.start = time.monotonic()
+        self.number = os.fork()
+        if self.number == 0:
+            os.environ.update(env or {})
+            _become(args, folder, self.output, self.counter, blow)
+
+    def gone(self) -> bool:
+        """Whether it has ended; :meth:`wait` tells how."""
+        # WNOWAIT: its status stays
+        return os.waitid(os.P_PID, self.number, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def strike(self) -> None:
+        """Do what ``blow`` says, unless it has ended by then."""
+        start = self.start
+        for delay in (self.blow.after, self.blow.again):
+            if delay is None:
+                return
+            while time.monotonic() < start + delay:
+                if self.gone():
+                    return
+                time.sleep(0.001)
+            os.kill(self.number, self.blow.signal)
+            start = time.monotonic()
+
+    def wait(self, seconds: float = TIMEOUT) -> End:
+        """:raises TimeoutError: it still runs so many seconds from now; it is ended then."""
+        end = time.monotonic() + seconds
+        while not self.gone():
+            if time.monotonic() > end:
+                os.kill(self.number, signal.SIGKILL)
+                os.waitpid(self.number, 0)
+                raise TimeoutError(f"{' '.join(self.args)} hangs after {self.blow}: {self.output.read_text()}")
+            time.sleep(0.002)
+        taken = time.monotonic() - self.start
+        code = os.waitstatus_to_exitcode(os.waitpid(self.number, 0)[1])
+        writes = int(self.counter.read_text()) if self.counter.exists() else 0
+        self.counter.unlink(missing_ok=True)
+        return End(code, taken, self.output.read_text(errors="replace"), writes)
+
+
 def run(args: Sequence[str], folder: Path, blow: Blow | None = None) -> End:
-    """``python -m fat_plugins ARGS`` in ``folder``.
+    """A child from its start to its end.
 
     :raises TimeoutError: it hangs.
     """
-    output, counter = folder / "output.txt", folder / "writes.txt"
-    start = time.monotonic()
-    child = os.fork()
-    if child == 0:
-        _become(args, folder, output, counter, blow)
+    child = Child(args, folder, blow)
     if blow is not None and blow.after is not None:
-        _strike(child, blow, start)
-    status = _wait(child, start + TIMEOUT)
-    if status is None:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        raise TimeoutError(f"{' '.join(args)} hangs after {blow}: {output.read_text()}")
-    writes = int(counter.read_text()) if counter.exists() else 0
-    counter.unlink(missing_ok=True)
-    return End(os.waitstatus_to_exitcode(status), time.monotonic() - start, output.read_text(errors="replace"), writes)
-
-
-def _wait(child: int, until: float) -> int | None:
-    """Status of the child, ``None`` if it still runs then."""
-    while time.monotonic() < until:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            return status
-        time.sleep(0.002)
-    return None
-
-
-def _strike(child: int, blow: Blow, start: float) -> None:
-    for delay in (blow.after, blow.again):
-        if delay is None:
-            return
-        end = (start if delay is blow.after else time.monotonic()) + delay
-        while time.monotonic() < end:
-            # WNOWAIT: it stays for _wait to find
-            if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-                return
-            time.sleep(0.001)
-        os.kill(child, blow.signal)
+        child.strike()
+    return child.wait()
 
 
 def _become(args: Sequence[str], folder: Path, output: Path, counter: Path, blow: Blow | None) -> None:
