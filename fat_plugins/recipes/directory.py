@@ -46,15 +46,17 @@ def run_directory(directory: Path, overwrite: bool, say: Callable[[str], None] =
                 unfinished.unlink()
             if not os.access(directory, os.W_OK | os.X_OK):
                 raise ConfigError(f"output {directory} cannot be written to")
-            yield directory
-            return
-        if not overwrite:
+        elif not overwrite:
             raise ConfigError(f"output {directory} is not empty: give another --output, or --overwrite to replace it")
-        if not (directory / RECIPE).is_file():
+        elif not (directory / RECIPE).is_file():
             raise ConfigError(f"output {directory} does not hold a run (no {RECIPE}): --overwrite refused")
-        fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}.new-", dir=directory.parent))
+        else:
+            fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}.new-", dir=directory.parent))
     except OSError as error:
         raise ConfigError(f"output {directory} cannot be written to: {error.strerror or error}") from None
+    if not occupied:
+        yield directory
+        return
     try:
         yield fresh
     except BaseException:
