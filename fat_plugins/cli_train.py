@@ -140,8 +140,10 @@ def _one_error(world: World) -> Iterator[None]:
             raise typer.Exit(2) from None
         if isinstance(error, FatPluginsError):
             raise
-        what = " ".join(str(error).split())
-        raise FatPluginsError(f"process {world.rank} of {world.size}: {type(error).__name__}: {what}") from error
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if world.is_loss(error):
+            what = f"another process is lost ({what}); go on with --resume and as many processes"
+        raise FatPluginsError(f"process {world.rank} of {world.size}: {what}") from error
 
 
 def _how_to_go_on(stop: Interrupted, settings: Settings, world: World) -> str:

@@ -21,9 +21,9 @@ from fat_plugins.quantizer import broadcast_state, named_quantizers
 from fat_plugins.recipes.state import from_bytes, to_bytes
 
 DEVICES = ("auto", "cpu", "cuda")
-#: key of the store that the first process to fail sets
-_FAILED = "failed"
-#: seconds that the first process waits, when it fails, for the others to notice
+#: keys of the store: how many processes have failed, and are done
+_FAILED, _DONE = "failed", "done"
+#: seconds that the first process waits, when it is done or fails, for the others to notice
 _PATIENCE = 5.0
 #: seconds between two looks for a message of the first process
 _POLL = 0.05
@@ -135,6 +135,19 @@ class World:
             time.sleep(_POLL)
         return json.loads(self._store.get(key))
 
+    def is_loss(self, error: Exception) -> bool:
+        """Whether this error says that another process does not answer any more."""
+        return isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+    def part(self) -> None:
+        """All is done: the first process, which may keep what it told the others, waits until they have read it."""
+        if self.size == 1:
+            return
+        self._store.add(_DONE, 1)
+        end = time.monotonic() + _PATIENCE
+        while self.main and self._store.add(_DONE, 0) < self.size and time.monotonic() < end:
+            time.sleep(_POLL)
+
     def first_to_fail(self) -> bool:
         """Whether no other process has reported an error; the first one tells the user, the others end silently."""
         if self.size == 1:
@@ -178,7 +191,9 @@ def joined(device: str = "auto") -> Iterator[World]:
     distributed.init_process_group(
         backend, store=distributed.PrefixStore("torch", store), rank=rank, world_size=size, timeout=timedelta(hours=2)
     )
+    world = World(rank, size, chosen, distributed.PrefixStore("fat_plugins", store))
     try:
-        yield World(rank, size, chosen, distributed.PrefixStore("fat_plugins", store))
+        yield world
+        world.part()
     finally:
         _leave_group()

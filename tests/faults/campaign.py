@@ -31,7 +31,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 #: exit codes that a signal may lead to, beside that of the signal itself: the run was over, or click's for Ctrl-C
 ENDED = {signal.SIGTERM: (0, 143), signal.SIGINT: (0, 1, 130), signal.SIGKILL: (0,)}
 OK = 0
-BAR = "━"
+BAR = " • "
 
 
 @dataclass

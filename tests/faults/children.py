@@ -6,6 +6,7 @@ no thread; each child then is what a fresh interpreter would be after its import
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import runpy
 import signal
@@ -105,7 +106,7 @@ class Child:
         end = time.monotonic() + seconds
         while not self.gone():
             if time.monotonic() > end:
-                os.kill(self.number, signal.SIGKILL)
+                os.kill(self.number, signal.SIGABRT)  # it shows where it hangs
                 os.waitpid(self.number, 0)
                 raise TimeoutError(f"{' '.join(self.args)} hangs after {self.blow}: {self.output.read_text()}")
             time.sleep(0.002)
@@ -136,6 +137,7 @@ def _become(args: Sequence[str], folder: Path, output: Path, counter: Path, blow
         target = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for number in (1, 2):
             os.dup2(target, number)
+        faulthandler.enable()
         sys.argv = ["fat-plugins", *args]
         sys.path.append(str(folder))
         calls = _watch_writes(blow)
