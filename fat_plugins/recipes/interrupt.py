@@ -62,6 +62,10 @@ class Interrupts:
         self._raised = time.monotonic()
         raise Interrupted(number, at_once=bool(self._depth))  # whoever asks twice does not want to wait
 
+    def swallowed(self) -> Interrupted | None:
+        """An :class:`Interrupted` for the one that was raised, where code of others made another exception of it."""
+        return None if self._raised is None or self.pending is None else Interrupted(self.pending)
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """A first signal only becomes :attr:`pending` within this block; a second one raises :class:`Interrupted`."""

@@ -105,10 +105,12 @@ def train(
                     context.seed = seed
                     _run_seed(context, target if i == 0 else target / "seeds" / str(seed))
         except BaseException as error:
-            if isinstance(error, Interrupted):
-                error.directory = target
-            reporter.event("end", status="interrupted" if isinstance(error, Interrupted) else "failed")
-            raise
+            stop = error if isinstance(error, Interrupted) else context.interrupts.swallowed()
+            reporter.event("end", status="failed" if stop is None else "interrupted")
+            if stop is None:
+                raise
+            stop.directory = target
+            raise stop from None
         report = _collected(recipe, data, versions(host, targets), state.results)
         if world.main:
             write_json(target / REPORT, report.to_dict())
