@@ -69,7 +69,7 @@ def once(folder: Path, dice: random.Random, seconds: float) -> tuple[str, str | 
         ends = [child.wait(PATIENCE) for child in children]
     except TimeoutError as error:
         return which, str(error)
-    lines = [line for end in ends for line in said(end)]
+    lines = [line for end in ends if end.code for line in said(end)]
     if any(end.code == TRACEBACK or "Traceback" in end.output for end in ends) or len(lines) > 1:
         return which, f"{[e.code for e in ends]} said {lines}"
     if which != "both" and any(end.code == 0 for end in ends) and not all(end.code == 0 for end in ends):
