@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -136,12 +137,13 @@ def _one_error(world: World) -> Iterator[None]:
     except Exception as error:
         if world.size == 1:
             raise
-        if not world.first_to_fail():
+        if not world.first_to_fail(error):
             raise typer.Exit(2) from None
         if isinstance(error, FatPluginsError):
             raise
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        if world.is_loss(error):
+        if world.is_loss(error):  # without the place in torch's sources and its advice
+            what = re.sub(r"\w+: (\[[^]]*\] )?", "", what, count=1).split(". ")[0]
             what = f"another process is lost ({what}); go on with --resume and as many processes"
         raise FatPluginsError(f"process {world.rank} of {world.size}: {what}") from error
 

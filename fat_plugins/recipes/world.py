@@ -148,13 +148,14 @@ class World:
         while self.main and self._store.add(_DONE, 0) < self.size and time.monotonic() < end:
             time.sleep(_POLL)
 
-    def first_to_fail(self) -> bool:
+    def first_to_fail(self, error: Exception) -> bool:
         """Whether no other process has reported an error; the first one tells the user, the others end silently."""
         if self.size == 1:
             return True
         try:
             first = self._store.add(_FAILED, 1) == 1
-            if self.main:  # which may keep the store: the others are to find the report in it
+            # this process may keep the store, and the others are to find the report in it
+            if self.main and not self.is_loss(error):
                 _leave_group()
                 end = time.monotonic() + _PATIENCE
                 while self._store.add(_FAILED, 0) < self.size and time.monotonic() < end:

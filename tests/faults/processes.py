@@ -2,9 +2,9 @@
 
     python tests/faults/processes.py --runs 10 --seed 0
 
-Each run kills one of the two (or tells both to stop by SIGTERM) at a random moment, waits for the other, which has to
-end within a minute and to say one line at most, then goes on with two. The result has to equal that of two processes
-that nobody disturbed, byte by byte. Exit code 1 if it does not.
+Each run kills one of the two (or tells both to stop by SIGTERM) at a random moment after they have met, waits for the
+other, which has to end within a minute and to say one line at most, then goes on with two. The result has to equal that
+of two processes that nobody disturbed, byte by byte. Exit code 1 if it does not.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -61,9 +62,12 @@ def once(folder: Path, dice: random.Random, seconds: float) -> tuple[str, str | 
     shutil.rmtree(folder / "run", ignore_errors=True)
     which, moment = dice.choice(("first", "second", "both")), dice.uniform(0, seconds)
     children = start(folder, "recipe.yaml", "-o", "run", "--save-every", "1")
+    while not (folder / "run" / "recipe.yaml").exists():  # before they have met, whoever started them has to notice
+        time.sleep(0.01)
     struck = children if which == "both" else [children[which == "second"]]
+    met = time.monotonic() - children[0].start
     for child in struck:
-        child.blow = Blow(signal.SIGTERM if which == "both" else signal.SIGKILL, after=moment)
+        child.blow = Blow(signal.SIGTERM if which == "both" else signal.SIGKILL, after=met + moment)
         child.strike()
     try:
         ends = [child.wait(PATIENCE) for child in children]
@@ -72,12 +76,10 @@ def once(folder: Path, dice: random.Random, seconds: float) -> tuple[str, str | 
     lines = [line for end in ends if end.code for line in said(end)]
     if any(end.code == TRACEBACK or "Traceback" in end.output for end in ends) or len(lines) > 1:
         return which, f"{[e.code for e in ends]} said {lines}"
-    if which != "both" and any(end.code == 0 for end in ends) and not all(end.code == 0 for end in ends):
-        lost = [end for child, end in zip(children, ends, strict=True) if child not in struck]
-        if lost[0].code == 0 and not (folder / "run" / "report.json").exists():
-            return which, "one process was lost, and the other took no notice"
-    again = ["--resume"] if (folder / "run" / "recipe.yaml").exists() else ["recipe.yaml"]
-    ends = [child.wait() for child in start(folder, *again, "-o", "run", "--save-every", "1")]
+    codes = [end.code for child, end in zip(children, ends, strict=True) if child not in struck]
+    if 0 in codes and not (folder / "run" / "report.json").exists():
+        return which, "one process was lost, and the other took no notice"
+    ends = [child.wait() for child in start(folder, "--resume", "-o", "run", "--save-every", "1")]
     if any(end.code for end in ends):
         return which, f"going on: {[(e.code, e.output) for e in ends]}"
     return which, difference(folder / "whole", folder / "run")
