@@ -1,15 +1,19 @@
 """The checks of :mod:`longrun`, some steps of each; thousands are the business of ``tox -e faults``."""
 
+from importlib import import_module
+
 import longrun
 import pytest
 import torch
+from scenarios import installed
 from torch import nn
 
 from fat_plugins import algorithms, get_algorithm
 from fat_plugins.errors import ExportError, QuantizationError
 from fat_plugins.export.common import check_model
 from fat_plugins.frozen import FrozenWeight
-from fat_plugins.quantizer import TensorSpec
+from fat_plugins.quantizer import TensorSpec, named_quantizers
+from fat_plugins.recipes.hosts import get_host
 
 
 @pytest.mark.parametrize("check", longrun.CHECKS)
@@ -61,6 +65,33 @@ def test_nan_in_what_is_not_quantized_is_refused(name):
     net.state_dict()[name][1] = float("nan")
     with pytest.raises(ExportError, match=rf"^{name}: holds NaN: training has diverged, lower the learning rate$"):
         check_model(net)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scale_that_is_not_finite_is_not_frozen(value):
+    weight, spec = torch.randn(2, 1, 3, 3), TensorSpec("weight", 4, name="conv", shape=(2, 1, 3, 3))
+    quantizer = get_algorithm("lsq").make(spec)
+    quantizer.calibrate(weight)
+    quantizer.freeze(weight)
+    quantizer.step.data.fill_(value)
+    with pytest.raises(QuantizationError, match=r"^conv: the scale holds NaN or infinite values; training"):
+        quantizer.freeze(weight)
+
+
+@pytest.mark.parametrize("host_name", [h for h in ("nncf", "brevitas") if installed(h)])
+def test_activation_scale_that_is_not_finite_is_not_left_in_a_stock_model(host_name):
+    x, y = longrun.images()
+    section = {"algorithm": "lsq", "weights": {"bits": 4}, "activations": {"bits": 4}}
+    config = {"compression": {**section, "initializer": {"range": {"num_init_samples": 8}}}}
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4)
+    controller, net = get_host(host_name).compress(longrun.Net(), config, loader, x[:1])
+    activations = [q for _, q in named_quantizers(net) if q.role == "activation" and q.algorithm == "lsq"]
+    activations[0].step.data.fill_(float("nan"))
+    with pytest.raises(QuantizationError, match="the scale holds NaN or infinite values; training has diverged"):
+        if host_name == "nncf":
+            controller.strip()
+        else:
+            import_module("fat_brevitas").freeze(net.eval())
 
 
 def test_offset_that_has_left_the_numbers_is_refused():
