@@ -20,6 +20,9 @@ from fat_plugins.forms import Staircase
 from fat_plugins.frozen import frozen_modules
 from fat_plugins.quantizer import named_quantizers
 
+#: buffers of batch norms
+_STATISTICS = ("running_mean", "running_var")
+
 
 # --------------------------------------------------------------------------------------------------------------------
 # reports
@@ -130,16 +133,23 @@ def on_device(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...
 def check_model(model: nn.Module) -> None:
     """Refuse a model that no exporter can write.
 
-    :raises ExportError: training quantizers are left, nothing is frozen, or a quantizer has no usable scale.
+    :raises ExportError: training quantizers are left, nothing is frozen, a quantizer has no usable scale, or a
+        parameter or statistic holds NaN.
     """
     live = [name for name, _ in named_quantizers(model)]
     if live:
         raise ExportError(f"{live[0]}: still a training quantizer ({len(live)} in the model): freeze the model first")
+    tensors = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n.endswith(_STATISTICS))]
+    for name, tensor in tensors:
+        if bool(torch.isnan(tensor).any()):
+            raise ExportError(f"{name}: holds NaN: training has diverged, lower the learning rate")
     for module in frozen_modules(model):
         if module.form is None:
             raise ExportError(f"{module.name}: the activation quantizer was never calibrated")
         if not bool(torch.isfinite(module.scale).all()):
             raise ExportError(f"{module.name}: the scale is not finite")
+        if bool(torch.isnan(getattr(module, "thresholds", module.scale)).any()):
+            raise ExportError(f"{module.name}: the thresholds hold NaN")
         # an activation range of zero width crashes some versions of OpenVINO's CPU plugin
         if not hasattr(module, "codes") and not bool((module.scale > 0).all()):
             raise ExportError(f"{module.name}: the scale of an activation must be positive")

@@ -88,6 +88,24 @@ class Loader(DataLoader):
         return self
 
 
+@contextmanager
+def lost_workers_told() -> Iterator[None]:
+    """torch notices the end of a process that reads images wherever the main process happens to be; say what it means.
+
+    :raises FatPluginsError: that has happened.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        what = " ".join(str(error).split()).rstrip(". ")
+        raise FatPluginsError(
+            f"data: a process that reads images is lost ({what}); go on with --resume, if memory is short with smaller "
+            "data.params.workers"
+        ) from None
+
+
 def _as_it_is(batch: Any) -> Any:
     return batch
 

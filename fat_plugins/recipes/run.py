@@ -41,6 +41,7 @@ from fat_plugins.recipes.directory import (
 from fat_plugins.recipes.hosts import get_host
 from fat_plugins.recipes.interrupt import Interrupted, Interrupts
 from fat_plugins.recipes.loader import dump_recipe
+from fat_plugins.recipes.loading import lost_workers_told
 from fat_plugins.recipes.models import check_fit
 from fat_plugins.recipes.parts import parts_of
 from fat_plugins.recipes.progress import Reporter
@@ -103,14 +104,17 @@ def train(
             state.begin()
         reporter.event("start", recipe=recipe.name, directory=str(target), resumed=options.resume, seeds=recipe.seeds)
         try:
-            for i, seed in enumerate(recipe.seeds):
-                context.seed = seed
-                _run_seed(context, target if i == 0 else target / "seeds" / str(seed))
+            with lost_workers_told():
+                for i, seed in enumerate(recipe.seeds):
+                    context.seed = seed
+                    _run_seed(context, target if i == 0 else target / "seeds" / str(seed))
         except BaseException as error:
-            if isinstance(error, Interrupted):
-                error.directory = target
-            reporter.event("end", status="interrupted" if isinstance(error, Interrupted) else "failed")
-            raise
+            stop = error if isinstance(error, Interrupted) else context.interrupts.swallowed()
+            reporter.event("end", status="failed" if stop is None else "interrupted")
+            if stop is None:
+                raise
+            stop.directory = target
+            raise stop from None
         report = _collected(recipe, data, versions(host, targets), state.results)
         if world.main:
             write_json(target / REPORT, report.to_dict())

@@ -95,11 +95,17 @@ def from_bytes(data: bytes, where: str = "training state") -> Any:
 # --------------------------------------------------------------------------------------------------------------------
 # files
 # --------------------------------------------------------------------------------------------------------------------
+def previous_of(path: Path) -> Path:
+    """Where the file that was at ``path`` before is kept."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
 class StateFile:
     """The newest training state and the one before, which takes over should the newest be damaged."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.previous = path, path.with_name(f"{path.stem}.previous{path.suffix}")
+        self.path, self.previous = path, previous_of(path)
+        self._damaged = False
 
     def save(self, tree: Any) -> None:
         """Write to the disk, then move into place; at no moment is there no complete file.
@@ -107,7 +113,9 @@ class StateFile:
         :raises CheckpointError: it cannot be written, or holds what no file can.
         """
         data = to_bytes(tree)
-        write_atomically(self.path, lambda p: p.write_bytes(data), keep=self.previous)
+        # the good one of before must not make room for a damaged one
+        write_atomically(self.path, lambda p: p.write_bytes(data), keep=None if self._damaged else self.previous)
+        self._damaged = False
 
     def load(self, say: Callable[[str], None]) -> Any:
         """The newest readable state, ``None`` when there is no file at all.
@@ -122,13 +130,15 @@ class StateFile:
             except FileNotFoundError:
                 continue
             except OSError as problem:
-                raise CheckpointError(f"{path}: {problem.strerror or problem}") from None
+                error = error or CheckpointError(f"{path}: {problem.strerror or problem}")
+                continue
             try:
                 tree = from_bytes(data, str(path))
             except CheckpointError as problem:
                 error = error or problem
                 continue
             if error is not None:
+                self._damaged = True
                 say(f"warning: {error}; going on from the state before it")
             return tree
         if error is not None:

@@ -343,7 +343,18 @@ class Trainer:
             self.saving.save(self)
 
     def _end_epoch(self, phase: Phase) -> None:
-        """Evaluate, let parts see the result, save."""
+        """Evaluate, let parts see the result, save. A signal acts while the held-out images are looked at, or waits:
+        what parts do to the model and to themselves is done whole or not at all."""
+        with self.interrupts.held():
+            record = self._evaluated_epoch()
+            phase.epoch(record)
+            self.records.append(record)
+            self.epoch, self.step, self._random = self.epoch + 1, 0, None
+            self._totals.zero_()
+            if self.saving is not None:
+                self.saving.save(self)
+
+    def _evaluated_epoch(self) -> EpochRecord:
         self.world.same_buffers(self.model)
         loss, correct, count = self.world.sum(self._totals.clone()).tolist()
         if not math.isfinite(loss):
@@ -357,21 +368,22 @@ class Trainer:
                 stack.enter_context(part.evaluated(self.model))
             if self.parts:  # which may have brought statistics of this process only
                 self.world.same_buffers(self.model)
-            anew = self.section.reestimate_norms
-            if anew is True or (anew == "auto" and has_noise(self.model)):
-                batches = self.data.calibration_loader(self.batch_size * self.world.size)
-                reestimate_batch_norms(self.model, batches, self.section.norm_batches)
-            held_out = evaluate(self.model, self.data.validation_loader(), self.world)
+            # several processes can only stop together
+            with self.interrupts.released() if self.world.size == 1 else nullcontext():
+                anew = self.section.reestimate_norms
+                if anew is True or (anew == "auto" and has_noise(self.model)):
+                    batches = self.data.calibration_loader(self.batch_size * self.world.size)
+                    reestimate_batch_norms(self.model, batches, self.section.norm_batches)
+                held_out = evaluate(self.model, self.data.validation_loader(), self.world)
+            if not math.isfinite(held_out[0]):  # the last step of the epoch may have been the one that was too large
+                raise FatPluginsError(
+                    f"{self.title}: the validation loss is {held_out[0]} after epoch {self.epoch + 1}; lower the "
+                    "learning rate"
+                )
             record = EpochRecord(self.epoch, lr, loss / count, correct / count, *held_out)
             for part in self.parts:
                 part.after_epoch(self, record)
-        phase.epoch(record)
-        with self.interrupts.held():
-            self.records.append(record)
-            self.epoch, self.step, self._random = self.epoch + 1, 0, None
-            self._totals.zero_()
-            if self.saving is not None:
-                self.saving.save(self)
+        return record
 
 
 class _OnEpoch(Part):

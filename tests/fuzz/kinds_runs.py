@@ -49,7 +49,7 @@ class _Cut(BaseException):
 
 @cache
 def runs() -> tuple[Path, Path]:
-    """Directories of a complete run and of one that was cut while its quantizers learned. Made once, on the toy host."""
+    """Directories of a complete run and one that was cut while its quantizers learned. Made once, by the toy host."""
     with without_hosts():
         return _made()
 
