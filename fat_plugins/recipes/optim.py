@@ -70,7 +70,9 @@ def check_state(optimizer: torch.optim.Optimizer, where: str) -> None:
     fresh = optimizer.defaults
     for group in optimizer.param_groups:
         for key, usual in fresh.items():
-            value = group.get(key, usual)
+            if key not in group:
+                raise CheckpointError(f"{where}: optimizer: {key} is missing")
+            value = group[key]
             numbers = (bool, int, float)
             if not isinstance(value, numbers if isinstance(usual, numbers) else (type(usual), list, *numbers)):
                 raise CheckpointError(f"{where}: optimizer: {key} is {shown(value)}, expected as {usual!r}")
