@@ -236,6 +236,7 @@ def export(
 ) -> None:
     """Write the deployed model of a run again, from its checkpoint."""
     from fat_plugins.recipes import model_path
+    from fat_plugins.recipes.directory import check_inside
 
     _allow(allow_import)
     loaded, targets = _load(run, checkpoint, format, output)
@@ -243,6 +244,7 @@ def export(
     for target in targets:
         path = output or model_path(run, target)
         if output is None:
+            check_inside(run, path)
             path.parent.mkdir(parents=True, exist_ok=True)
         report = target.export(frozen, path, loaded.data.example)
         if target.packed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ import typer
 from fat_plugins.errors import ConfigError, FatPluginsError
 from fat_plugins.recipes import Options, Recipe, Reporter, RunReport, load_recipe
 from fat_plugins.recipes import train as run
-from fat_plugins.recipes.directory import RECIPE
+from fat_plugins.recipes.directory import RECIPE, no_run
 from fat_plugins.recipes.imports import allowed
 from fat_plugins.recipes.interrupt import Interrupted, Interrupts
 from fat_plugins.recipes.logs import JsonLines, Log, TensorBoard
@@ -96,7 +97,7 @@ def _planned(settings: Settings) -> tuple[Recipe, Path]:
         if not settings.resume or settings.output is None:
             raise ConfigError("train: which recipe? RECIPE may be left out only with --resume and --output")
         if not (settings.output / RECIPE).is_file():
-            raise ConfigError(f"--resume: {settings.output} holds no run (no {RECIPE}); start one without --resume")
+            raise ConfigError(no_run(settings.output))
         name = str(settings.output / RECIPE)
     recipe = load_recipe(name, settings.changes)
     if settings.epochs is not None:
@@ -136,12 +137,15 @@ def _one_error(world: World) -> Iterator[None]:
     except Exception as error:
         if world.size == 1:
             raise
-        if not world.first_to_fail():
+        if not world.first_to_fail(error):
             raise typer.Exit(2) from None
         if isinstance(error, FatPluginsError):
             raise
-        what = " ".join(str(error).split())
-        raise FatPluginsError(f"process {world.rank} of {world.size}: {type(error).__name__}: {what}") from error
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if world.is_loss(error):  # without the place in torch's sources and its advice
+            what = re.sub(r"\w+: (\[[^]]*\] )?", "", what, count=1).split(". ")[0]
+            what = f"another process is lost ({what}); go on with --resume and as many processes"
+        raise FatPluginsError(f"process {world.rank} of {world.size}: {what}") from error
 
 
 def _how_to_go_on(stop: Interrupted, settings: Settings, world: World) -> str:

@@ -7,7 +7,6 @@ quantizer with :meth:`CompressionConfig.resolve`.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +24,9 @@ from pydantic import (
     field_validator,
 )
 
-from fat_plugins.errors import ConfigError, unknown
+from fat_plugins.errors import ConfigError, nearest, shown, unknown
 from fat_plugins.explain import Expected, explain
+from fat_plugins.files import parse_json, read_text
 from fat_plugins.quantizer import Role, TensorSpec
 from fat_plugins.registry import Algorithm, algorithms, get_algorithm
 from fat_plugins.scopes import as_list
@@ -247,24 +247,15 @@ def _left_out(section: CompressionConfig | TensorSection, matches: Callable[[str
 def read_config(path: str | Path) -> Any:
     """What a JSON file holds; comments (``//``, ``/* */``) and trailing commas are allowed, as NNCF 2 allowed them.
 
-    :raises ConfigError: the file cannot be read or is not JSON.
+    :raises ConfigError: the file cannot be read, is larger than a megabyte or not JSON; a key stands in it twice.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"config {str(path)!r}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"config {str(path)!r}: not a text file (UTF-8)") from None
-    try:
-        return json.loads(_TRAILING_COMMA.sub(_blank, _COMMENT.sub(_blank, text)))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"config {str(path)!r}: line {error.lineno}: {error.msg}") from None
-    except RecursionError:
-        raise ConfigError(f"config {str(path)!r}: nested too deeply") from None
+    where = f"config {shown(str(path))}"
+    return parse_json(_TRAILING_COMMA.sub(_blank, _COMMENT.sub(_blank, read_text(Path(path), where))), where)
 
 
-_STRING = r'"(?:\\.|[^"\\])*"'
-_COMMENT = re.compile(rf"{_STRING}|//[^\n]*|/\*.*?\*/", re.S)
+#: what is not closed ends with the text, so that nothing is looked at twice
+_STRING = r'"(?:\\.|[^"\\])*(?:"|\\?\Z)'
+_COMMENT = re.compile(rf"{_STRING}|//[^\n]*|/\*.*?(?:\*/|\Z)", re.S)
 _TRAILING_COMMA = re.compile(rf"{_STRING}|,(?=\s*[\]}}])", re.S)
 
 
@@ -300,7 +291,11 @@ def split_sections(compression: Any) -> list[dict[str, Any]]:
     sections = compression if isinstance(compression, list) else [compression]
     for i, section in enumerate(sections):
         if not isinstance(section, dict) or not isinstance(section.get("algorithm"), str):
-            raise ConfigError(f"compression[{i}]: expected an object with the key 'algorithm', got {section!r}")
+            where = f"compression[{i}]" if isinstance(compression, list) else "compression"
+            keys = section if isinstance(section, dict) and "algorithm" not in section else ()
+            misspelt = next((k for k in keys if nearest(k, ["algorithm"])), None)
+            got = f"{shown(misspelt)}{nearest(misspelt, ['algorithm'])}" if misspelt else shown(section)
+            raise ConfigError(f"{where}: expected an object with the key 'algorithm', got {got}")
     return sections
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from fat_plugins.errors import nearest
+from fat_plugins.errors import nearest, one_line, shown
 
 
 class Expected:
@@ -27,7 +27,7 @@ def explain(error: ValidationError, model: type[BaseModel], where: str = "") -> 
     """One line for a pydantic error: the key's path, the value, what is allowed, the nearest valid key."""
     first = first_error(error)
     annotation, loc = _annotation_at(model, first["loc"])
-    path = ".".join(str(p) for p in ([where] if where else []) + list(loc))
+    path = ".".join(one_line(str(p), 60) for p in ([where] if where else []) + list(loc))
     # the branches of one union are one mistake
     mistakes = len({tuple(_annotation_at(model, e["loc"])[1]) for e in error.errors()})
     more = f" (and {mistakes - 1} more)" if mistakes > 1 else ""
@@ -49,8 +49,7 @@ def explain(error: ValidationError, model: type[BaseModel], where: str = "") -> 
 
 def _value_at(error: Any, deeper: int) -> str:
     """The offending value, shortened. Inside a union pydantic shows the value of one branch, which is enough."""
-    text = repr(error["input"])
-    return text if len(text) <= 80 else text[:77] + "..."
+    return shown(error["input"])
 
 
 def _annotation_at(model: type[BaseModel], loc: tuple) -> tuple[Any, list]:

@@ -31,6 +31,18 @@ def _refuse_nan(x: Tensor) -> None:
         raise QuantizationError("cannot encode a tensor that holds NaN values")
 
 
+def refuse_nonfinite(form: Form, name: str) -> None:
+    """What is about to be deployed must be finite.
+
+    :raises QuantizationError: a scale of ``form`` is not; ``name`` says whose it is.
+    """
+    parts = form.parts if isinstance(form, SumOfGrids) else (form,)
+    if not all(bool(torch.isfinite(part.scale).all()) for part in parts):
+        raise QuantizationError(
+            f"{name}: the scale holds NaN or infinite values; training has diverged, lower the learning rate"
+        )
+
+
 def _check_scale(scale: Tensor) -> None:
     if scale.ndim != 1 or not scale.is_floating_point():
         raise ConfigError(f"a form's scale must be a 1-d float tensor, got {tuple(scale.shape)} {scale.dtype}")

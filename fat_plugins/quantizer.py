@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fat_plugins.errors import CheckpointError, QuantizationError
 from fat_plugins.figures import Figure
-from fat_plugins.forms import Form
+from fat_plugins.forms import Form, refuse_nonfinite
 from fat_plugins.functional import keep_zeros
 from fat_plugins.reuse import Kept, Shared
 
@@ -426,11 +426,12 @@ class WeightQuantizer(Quantizer):
     def freeze(self, weight: Tensor) -> FrozenTensor:
         """Integer codes and form; ``form.decode(codes)`` equals the evaluation forward bit for bit.
 
-        :raises QuantizationError: the weight holds NaN or infinite values, or the form has no zero that
+        :raises QuantizationError: the weight or its scale holds NaN or infinite values, or the form has no zero that
             ``keep_zeros`` needs.
         """
         self._refuse_nonfinite(weight, "weight")
         frozen = self.freeze_codes(weight.detach())
+        refuse_nonfinite(frozen.form, self.spec.name or "weight")
         if self.spec.keep_zeros:
             zero = frozen.form.encode(torch.zeros_like(weight))
             if bool(frozen.form.decode(zero).any()):

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fat_plugins.algorithms.lsq import LSQWeight
+from fat_plugins.errors import QuantizationError
 from fat_plugins.forms import Form, Staircase, UniformGrid
 from fat_plugins.functional import grad_scale, positive, wide
 from fat_plugins.kernels import evaluate, total
@@ -21,6 +22,8 @@ from fat_plugins.quantizer import ActivationQuantizer, Params, TensorSpec
 from fat_plugins.registry import Algorithm
 
 _FLOOR = 1e-12
+#: an offset beyond that many steps is no grid any more: float32 does not count further
+_MOST_STEPS = 2**24
 #: steps that the initialisation tries, as fractions of the one that spans the whole range
 _TRIED = tuple(i / 40 for i in range(4, 41))
 
@@ -145,7 +148,13 @@ class LSQPlusActivation(ActivationQuantizer):
     def form(self) -> Form:
         """A uniform grid when the offset is zero, else a staircase whose integers start at the offset."""
         step = positive(wide(self.step), _FLOOR).detach()
-        offset = int(torch.round(wide(self.beta.detach()) / step))
+        offset = float(torch.round(wide(self.beta.detach()) / step))
+        if not abs(offset) < _MOST_STEPS:
+            raise QuantizationError(
+                f"{self.spec.name or 'activation'}: the offset is {offset:.3g} steps; training has diverged, lower the "
+                "learning rate"
+            )
+        offset = int(offset)
         if offset == 0:
             return UniformGrid(self.spec.bits, False, False, step.reshape(1), 1)
         levels = torch.arange(offset, offset + self.high + 1)

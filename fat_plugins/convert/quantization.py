@@ -7,7 +7,7 @@ from typing import Any
 
 from fat_plugins.config import PLAIN_ALGORITHM, PLAIN_BITS
 from fat_plugins.convert.report import Log
-from fat_plugins.errors import ConfigError, unknown
+from fat_plugins.errors import ConfigError, shown, unknown
 from fat_plugins.quantizer import TensorSpec
 from fat_plugins.registry import Algorithm
 
@@ -206,7 +206,7 @@ class Quantization:
         for i, entry in enumerate(value if isinstance(value, list) else [value]):
             here = f"{path}[{i}]" if isinstance(value, list) else path
             if not isinstance(entry, dict):
-                raise ConfigError(f"{here}: expected an object, got {entry!r}")
+                raise ConfigError(f"{here}: expected an object, got {shown(entry)}")
             entry = {k: self._whole(v) for k, v in entry.items()}
             if "num_init_steps" in entry:
                 self.log("dropped", f"{here}.num_init_steps", _REFUSED)
@@ -237,9 +237,12 @@ class Quantization:
             if key not in ("type", "bits", "bitwidth_per_scope"):
                 self.log("dropped", f"{path}.{key}", "it steers a search for widths")
         moved, same, lost = 0, 0, []
-        for entry in old.get("bitwidth_per_scope", []):
+        entries = old.get("bitwidth_per_scope", [])
+        if not isinstance(entries, list):
+            raise ConfigError(f"{path}.bitwidth_per_scope: expected a list, got {shown(entries)}")
+        for entry in entries:
             if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
-                raise ConfigError(f"{path}.bitwidth_per_scope: expected [bits, scope], got {entry!r}")
+                raise ConfigError(f"{path}.bitwidth_per_scope: expected [bits, scope], got {shown(entry)}")
             bits, point = self._width(entry[0], f"{path}.bitwidth_per_scope"), _POINT.match(entry[1])
             group = "activations" if (point["kind"] or "").startswith("INPUT") else "weights"
             if point["kind"] == "OUTPUT" or (point["kind"] is None and "OPERATION_WITH_WEIGHTS" not in entry[1]):
@@ -294,13 +297,13 @@ class Quantization:
     def _width(self, value: Any, path: str) -> int:
         value = self._whole(value)
         if type(value) is not int or value < 1:
-            raise ConfigError(f"{path}: expected a bit width (an integer), got {value!r}")
+            raise ConfigError(f"{path}: expected a bit width (an integer), got {shown(value)}")
         return value
 
     def _object(self, owner: dict[str, Any], key: str, where: str | None = None) -> dict[str, Any]:
         value = owner.get(key, {})
         if not isinstance(value, dict):
-            raise ConfigError(f"{where or self.where}.{key}: expected an object, got {value!r}")
+            raise ConfigError(f"{where or self.where}.{key}: expected an object, got {shown(value)}")
         return value
 
     @staticmethod

@@ -30,7 +30,9 @@ def load(path: str | os.PathLike) -> Any:
     if not Path(path).is_file():
         raise ExportError(f"{path}: no such file")
     try:
-        proto = onnx().load_model(str(path))
+        proto = onnx().load_model(str(path), load_external_data=False)
+        if any(t.data_location == onnx().TensorProto.EXTERNAL for t in proto.graph.initializer):
+            raise ExportError(f"{path}: reads tensors from other files, which no export of fat-plugins does")
         onnx().checker.check_model(proto)
     except ExportError:
         raise

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from fat_plugins.errors import ExportError
 from fat_plugins.forms import Staircase
 from fat_plugins.frozen import frozen_modules
 from fat_plugins.quantizer import named_quantizers
+
+#: buffers of batch norms
+_STATISTICS = ("running_mean", "running_var")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -129,16 +133,23 @@ def on_device(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...
 def check_model(model: nn.Module) -> None:
     """Refuse a model that no exporter can write.
 
-    :raises ExportError: training quantizers are left, nothing is frozen, or a quantizer has no usable scale.
+    :raises ExportError: training quantizers are left, nothing is frozen, a quantizer has no usable scale, or a
+        parameter or statistic holds NaN.
     """
     live = [name for name, _ in named_quantizers(model)]
     if live:
         raise ExportError(f"{live[0]}: still a training quantizer ({len(live)} in the model): freeze the model first")
+    tensors = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n.endswith(_STATISTICS))]
+    for name, tensor in tensors:
+        if bool(torch.isnan(tensor).any()):
+            raise ExportError(f"{name}: holds NaN: training has diverged, lower the learning rate")
     for module in frozen_modules(model):
         if module.form is None:
             raise ExportError(f"{module.name}: the activation quantizer was never calibrated")
         if not bool(torch.isfinite(module.scale).all()):
             raise ExportError(f"{module.name}: the scale is not finite")
+        if bool(torch.isnan(getattr(module, "thresholds", module.scale)).any()):
+            raise ExportError(f"{module.name}: the thresholds hold NaN")
         # an activation range of zero width crashes some versions of OpenVINO's CPU plugin
         if not hasattr(module, "codes") and not bool((module.scale > 0).all()):
             raise ExportError(f"{module.name}: the scale of an activation must be positive")
@@ -155,6 +166,21 @@ def unique(name: str, kind: str, taken: set[tuple[str, str]]) -> str:
         candidate = f"{name}#{n}"
     taken.add((kind, candidate))
     return candidate
+
+
+@contextmanager
+def reading(path: str | os.PathLike) -> Iterator[None]:
+    """An exported file is taken apart inside; whatever a damaged one leads to is an error of the file.
+
+    :raises ExportError: names the file.
+    """
+    try:
+        yield
+    except (ExportError, MemoryError):
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise ExportError(f"{path}: damaged, or not as it was exported ({what})") from error
 
 
 def first_line(error: Exception) -> str:

@@ -17,7 +17,7 @@ from fat_plugins.export._onnx import Entry, Grid, channel_view
 from fat_plugins.export._onnx_file import ModelFile, Runner, load
 from fat_plugins.export._onnx_file import execute as _execute
 from fat_plugins.export._onnx_graph import Graph, need
-from fat_plugins.export.common import ExportReport, first_line, threshold_table
+from fat_plugins.export.common import ExportReport, first_line, reading, threshold_table
 from fat_plugins.export.verify import VerifyReport, compare
 from fat_plugins.forms import Codebook, Form, UniformGrid
 
@@ -47,8 +47,9 @@ def verify(frozen_model: nn.Module, path: str | os.PathLike, inputs: Any, *, tie
     :raises ExportError: onnxruntime is missing, unreadable file, a file of another model, or inputs that it refuses.
     """
     versions = {"onnxruntime": need("onnxruntime").__version__}
-    target = ModelFile(path, "ONNX Runtime", versions, _runner, _integers, _optimised)
-    return compare(frozen_model, target, path, inputs, tie_guard)
+    with reading(path):
+        target = ModelFile(path, "ONNX Runtime", versions, _runner, _integers, _optimised)
+        return compare(frozen_model, target, path, inputs, tie_guard)
 
 
 def execute(path: str | os.PathLike, inputs: list[np.ndarray]) -> list[np.ndarray]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import uuid
 import warnings
 from pathlib import Path
@@ -75,7 +76,21 @@ def _convert(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool) 
         raise ExportError("no frozen quantizer is reached by the model's forward")
     rewrite(result, converter.entries)
     result.validate_nodes_and_infer_types()
+    _number_names(result)
     return result, converter.entries
+
+
+def _number_names(model: Any) -> None:
+    """Number anew what OpenVINO has named itself: it goes on counting within a process, and the same model is to give
+    the same file."""
+    model.set_friendly_name("Model0")
+    nodes = model.get_ordered_ops()
+    own = [re.fullmatch(rf"{re.escape(n.get_type_name())}_\d+", n.get_friendly_name()) is not None for n in nodes]
+    given = {n.get_friendly_name() for n, made_up in zip(nodes, own, strict=True) if not made_up}
+    for i, (node, made_up) in enumerate(zip(nodes, own, strict=True)):
+        name = f"{node.get_type_name()}_{i}"
+        if made_up and name not in given:
+            node.set_friendly_name(name)
 
 
 def _layer_report(entry: Entry) -> LayerReport:
@@ -117,6 +132,10 @@ def read_model(path: str | os.PathLike) -> Any:
     for part in (path, path.with_suffix(".bin")):
         if not part.is_file():
             raise ExportError(f"{part}: no such file")
+    with path.open("rb") as file:
+        head = file.read(200).lstrip()
+    if not head.startswith(b"<?xml"):  # OpenVINO tries it in other formats, whose readers print what they think of it
+        raise ExportError(f"{path}: not an OpenVINO IR")
     try:
         return _ov.openvino().Core().read_model(str(path))
     except Exception as error:

@@ -20,7 +20,7 @@ from fat_plugins.export._onnx import Entry, Grid, channel_view
 from fat_plugins.export._onnx_file import ModelFile, Runner, load
 from fat_plugins.export._onnx_file import execute as _execute
 from fat_plugins.export._onnx_graph import Graph, need, onnx
-from fat_plugins.export.common import ExportReport, first_line, threshold_table
+from fat_plugins.export.common import ExportReport, first_line, reading, threshold_table
 from fat_plugins.export.verify import VerifyReport, compare
 from fat_plugins.forms import Codebook, Form, Staircase, UniformGrid
 
@@ -55,8 +55,9 @@ def verify(frozen_model: nn.Module, path: str | os.PathLike, inputs: Any, *, tie
     """
     need("qonnx.core.onnx_exec")
     versions = {name: version(name) for name in ("qonnx", "onnxruntime")}
-    target = ModelFile(path, "qonnx", versions, _runner, _integers)
-    return compare(frozen_model, target, path, inputs, tie_guard)
+    with reading(path):
+        target = ModelFile(path, "qonnx", versions, _runner, _integers)
+        return compare(frozen_model, target, path, inputs, tie_guard)
 
 
 def execute(path: str | os.PathLike, inputs: list[np.ndarray]) -> list[np.ndarray]:

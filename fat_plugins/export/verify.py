@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fat_plugins.errors import ExportError
-from fat_plugins.export.common import as_inputs, first_line, on_device, unique
+from fat_plugins.export.common import as_inputs, first_line, on_device, reading, unique
 from fat_plugins.export.verify_report import ActivationCheck, OutputCheck, VerifyReport, WeightCheck
 from fat_plugins.forms import UniformGrid, grids
 from fat_plugins.frozen import FrozenActivation, FrozenWeight, frozen_modules
@@ -111,7 +111,8 @@ def verify(
     from fat_plugins.export.graph import IR
 
     inputs = as_inputs(inputs)
-    return compare(frozen_model, IR(xml_path, device), xml_path, inputs, tie_guard)
+    with reading(xml_path):
+        return compare(frozen_model, IR(xml_path, device), xml_path, inputs, tie_guard)
 
 
 def compare(

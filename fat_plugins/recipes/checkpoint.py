@@ -5,11 +5,13 @@ One file is moved into place at once, so weights and description can never belon
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fat_plugins.errors import CheckpointError, nearest
+from fat_plugins.errors import CheckpointError, FatPluginsError, nearest, shown
+from fat_plugins.files import is_file
 from fat_plugins.quantizer import Coordinator, Quantizer
+from fat_plugins.recipes.sealed import check_seal, seal
 
 FORMAT = 1
 _KEY = "fat_plugins"
@@ -46,16 +50,51 @@ class Checkpoint:
     metrics: dict[str, Any] = field(default_factory=dict)
 
 
+def _sync_directory(path: Path) -> None:
+    """Bring names that were made or moved in a directory to the disk, where the system has a way to do so."""
+    if os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems do it by themselves
+            raise
+    finally:
+        os.close(handle)
+
+
+def _make_directory(path: Path) -> None:
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        _sync_directory(made.parent)
+
+
+def _move(temporary: Path, path: Path, keep: Path | None) -> None:
+    """Put a complete file in its place, an earlier one in that of ``keep``."""
+    kept = keep is not None and path.is_file()
+    if kept:
+        os.replace(path, keep)
+    try:
+        os.replace(temporary, path)
+    except OSError:
+        if kept:
+            os.replace(keep, path)
+        raise
+
+
 def write_atomically(path: Path, write: Callable[[Path], None], keep: Path | None = None) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then move it there; an earlier file survives a failure.
 
-    The file is on the disk before it is moved, so a power cut leaves either the old or the new one.
+    The file is on the disk before it is moved, and its new name before this returns: a power cut leaves either the old
+    or the new one.
 
     :param keep: where an earlier file is moved to instead of being replaced.
     :raises CheckpointError: the directory cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_directory(path.parent)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
     except OSError as error:
@@ -69,23 +108,23 @@ def write_atomically(path: Path, write: Callable[[Path], None], keep: Path | Non
         temporary.chmod(0o666 & ~umask)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            os.replace(path, keep)
-        os.replace(temporary, path)
+        _move(temporary, path, keep)
+        _sync_directory(path.parent)
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what made the writing fail may forbid this too
+            temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """A UTF-8 text file, moved into place."""
-    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+def write_text(path: Path, text: str, keep: Path | None = None) -> None:
+    """A UTF-8 text file, moved into place; ``keep`` as for :func:`write_atomically`."""
+    write_atomically(path, lambda p: p.write_bytes(text.encode("utf-8")), keep)
 
 
-def write_json(path: Path, data: Any) -> None:
-    """A JSON file, moved into place."""
-    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
+def write_json(path: Path, data: Any, keep: Path | None = None) -> None:
+    """A JSON file, moved into place; ``keep`` as for :func:`write_atomically`."""
+    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n", keep)
 
 
 def cpu_state(model: nn.Module) -> dict[str, Tensor]:
@@ -105,7 +144,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         text = json.dumps({"format": FORMAT, **description})
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"cannot write {path}: its description is not JSON: {error}") from None
-    data = save(checkpoint.state, metadata={_KEY: text})
+    data = save(checkpoint.state, metadata={_KEY: text, **seal(checkpoint.state, text)})
     write_atomically(path, lambda p: p.write_bytes(data))
 
 
@@ -114,23 +153,32 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     :raises CheckpointError: missing, truncated or foreign file, or one of a newer layout.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise CheckpointError(f"no checkpoint {path}")
     try:
         with safe_open(str(path), framework="pt") as file:
-            text = (file.metadata() or {}).get(_KEY)
+            metadata = file.metadata() or {}
+            text = metadata.get(_KEY)
             if text is None:
                 raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of fat-plugins")
-            description = json.loads(text)
             state = {k: file.get_tensor(k) for k in file.keys()}
-    except (SafetensorError, OSError, struct.error, json.JSONDecodeError) as error:
+        check_seal(metadata, state, text, str(path))
+        description = json.loads(text)
+    except CheckpointError:
+        raise
+    except (SafetensorError, OSError, struct.error, ValueError, RuntimeError) as error:  # RecursionError among them
         raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from None
     if not isinstance(description, dict) or description.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path}: unknown checkpoint layout; allowed: {FORMAT}; upgrade fat-plugins")
     try:
-        return Checkpoint(state=state, **description)
+        checkpoint = Checkpoint(state=state, **description)
     except TypeError:
         raise CheckpointError(f"{path}: unknown entries in the checkpoint's description") from None
+    for name in ("config", "recipe", "progress", "metrics"):
+        value = getattr(checkpoint, name)
+        if not isinstance(value, dict) and not (name == "config" and value is None):
+            raise CheckpointError(f"{path}: {name} in its description: expected an object, got {shown(value)}")
+    return checkpoint
 
 
 def _own_shapes(model: nn.Module) -> tuple[str, ...]:
@@ -154,6 +202,12 @@ def check_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
                 f"{where}: belongs to another model: {key!r} has shape {tuple(state[key].shape)}, "
                 f"the model's has {tuple(value.shape)}"
             )
+        if state[key].is_floating_point() != value.is_floating_point():
+            raise CheckpointError(
+                f"{where}: belongs to another model: {key!r} is {state[key].dtype}, the model's is {value.dtype}"
+            )
+        if not key.startswith(free) and value.is_floating_point() and bool(torch.isnan(state[key]).any()):
+            raise CheckpointError(f"{where}: {key!r} holds NaN")
     foreign = next((k for k in state if k not in own), None)
     if foreign is not None:
         raise CheckpointError(f"{where}: belongs to another model: the model has no {foreign!r}{nearest(foreign, own)}")
@@ -167,6 +221,8 @@ def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     check_state(model, state, where)
     try:
         model.load_state_dict(state, strict=False)
+    except FatPluginsError as error:  # of a quantizer, which does not know the file
+        raise CheckpointError(f"{where}: {error}") from None
     except RuntimeError as error:
         problem = str(error).splitlines()[-1].strip()
         raise CheckpointError(f"{where}: belongs to another model: {problem}") from None

@@ -23,7 +23,9 @@ class DigitsParams(Params):
 
     test_fraction: float = Field(0.3, gt=0, lt=0.9, description="Part of all images that is the test set.")
     validation_fraction: float = Field(0.1, gt=0, lt=0.9, description="Part of the rest that chooses the best epoch.")
-    split_seed: int = Field(0, ge=0, description="Seed of the stratified split; every run seed shares it.")
+    split_seed: int = Field(
+        0, ge=0, le=2**32 - 1, description="Seed of the stratified split; every run seed shares it."
+    )
     shift: int = Field(1, ge=0, le=3, description="Random shift of training images, in pixels.")
 
 
@@ -63,12 +65,12 @@ def _digits(params: DigitsParams) -> Data:
 class ShapesParams(Params):
     """Options of the dataset ``shapes``."""
 
-    train: int = Field(2000, ge=100, description="Training images, ten classes alike.")
-    validation: int = Field(300, ge=50, description="Images that choose the best epoch.")
-    test: int = Field(1500, ge=100, description="Test images.")
+    train: int = Field(2000, ge=100, le=100_000, description="Training images, ten classes alike.")
+    validation: int = Field(300, ge=50, le=100_000, description="Images that choose the best epoch.")
+    test: int = Field(1500, ge=100, le=100_000, description="Test images.")
     size: int = Field(16, ge=12, le=64, description="Height and width in pixels.")
     noise: float = Field(0.1, ge=0, description="Standard deviation of the noise; the shape's contrast is 0.6 to 1.")
-    data_seed: int = Field(0, ge=0, description="Seed of the images; every run seed shares them.")
+    data_seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the images; every run seed shares them.")
     shift: int = Field(1, ge=0, le=3, description="Random shift of training images, in pixels.")
 
 

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fat_plugins.errors import ConfigError
+from fat_plugins.files import is_file, is_folder
 from fat_plugins.quantizer import Params
 from fat_plugins.recipes.loading import Data, Images, ShiftedImages, split
 from fat_plugins.recipes.vision import torchvision
@@ -53,6 +54,8 @@ CIFAR100 = _Set(
     (0.2673, 0.2564, 0.2762),
 )
 _PIXELS = 3 * 32 * 32
+#: images of a file, at most
+_MOST = 60_000
 
 
 class CifarParams(Params):
@@ -70,7 +73,9 @@ class CifarParams(Params):
         lt=0.9,
         description="Part of the training images that chooses the best epoch instead of being learnt.",
     )
-    split_seed: int = Field(0, ge=0, description="Seed of the stratified split; every run seed shares it.")
+    split_seed: int = Field(
+        0, ge=0, le=2**32 - 1, description="Seed of the stratified split; every run seed shares it."
+    )
     shift: int = Field(4, ge=0, le=16, description="Random shift in pixels: a random crop of the image padded by that.")
     flip: bool = Field(True, description="Mirror every second training image.")
     calibration: int | None = Field(
@@ -81,6 +86,9 @@ class CifarParams(Params):
 def _read(path: Path, about: _Set) -> tuple[np.ndarray, np.ndarray]:
     record = about.labels + _PIXELS
     try:
+        size = path.stat().st_size
+        if size > record * _MOST:
+            raise ConfigError(f"{path}: {size} bytes, expected up to {record * _MOST}: not {about.title}")
         data = np.fromfile(path, np.uint8)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from None
@@ -94,8 +102,8 @@ def _read(path: Path, about: _Set) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _binary(root: Path, about: _Set) -> list[tuple[np.ndarray, np.ndarray]]:
-    folder = root / about.folder if (root / about.folder).is_dir() else root
-    missing = next((n for n in (*about.train, *about.test) if not (folder / n).is_file()), None)
+    folder = root / about.folder if is_folder(root / about.folder) else root
+    missing = next((n for n in (*about.train, *about.test) if not is_file(folder / n)), None)
     if missing is not None:
         archive = {10: "cifar-10", 100: "cifar-100"}[about.classes] + "-binary.tar.gz"
         raise ConfigError(
@@ -113,7 +121,7 @@ def _by_torchvision(root: Path, about: _Set) -> list[tuple[np.ndarray, np.ndarra
     kind = getattr(torchvision("data.params.format: torchvision").datasets, about.title)
     try:
         sets = [kind(str(root), train=train) for train in (True, False)]
-    except RuntimeError as error:
+    except (RuntimeError, OSError, ValueError) as error:
         raise ConfigError(f"data.params.root: {root}: {str(error).split('.')[0].splitlines()[0]}") from None
     return [(np.ascontiguousarray(s.data.transpose(0, 3, 1, 2)), np.array(s.targets)) for s in sets]
 

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch.utils.data import Dataset
 
 from fat_plugins.errors import ConfigError, unknown
+from fat_plugins.files import is_folder
 from fat_plugins.quantizer import Params
 from fat_plugins.recipes.loading import Data, DrawnImages, Mapped, split
 from fat_plugins.recipes.vision import IMAGENET_MEAN, IMAGENET_STD, torchvision
@@ -26,7 +27,9 @@ class FolderParams(Params):
         None, description="Folder of the images that choose the best epoch; null: a part of the training images."
     )
     validation_fraction: float = Field(0.01, gt=0, lt=0.9, description="That part, of every class alike.")
-    split_seed: int = Field(0, ge=0, description="Seed of the stratified split; every run seed shares it.")
+    split_seed: int = Field(
+        0, ge=0, le=2**32 - 1, description="Seed of the stratified split; every run seed shares it."
+    )
     size: int = Field(224, ge=8, le=2048, description="Height and width of what the network sees, in pixels.")
     resize: int | None = Field(
         None, ge=8, le=4096, description="Shorter side before the central crop in evaluation; null: size * 256 / 224."
@@ -74,11 +77,11 @@ class Folder(Dataset):
     """
 
     def __init__(self, path: Path, key: str) -> None:
-        if not path.is_dir():
+        if not is_folder(path):
             raise ConfigError(f"{key}: no folder {path}; set data.params.root")
         try:
             self.files = torchvision("data 'imagefolder'").datasets.ImageFolder(str(path))
-        except FileNotFoundError as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{key}: {path}: {str(error).splitlines()[0]}") from None
         self.classes: list[str] = self.files.classes
         self.labels: list[int] = self.files.targets
@@ -89,7 +92,7 @@ class Folder(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         try:
             return self.files[index]
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
+        except Exception as error:  # Pillow raises many kinds for damaged files and those that unpack to gigabytes
             raise ConfigError(f"cannot read the image {self.files.samples[index][0]}: {error}") from None
 
 

@@ -29,6 +29,22 @@ def model_path(directory: Path, target: Target) -> Path:
     return directory / "export" / target.file
 
 
+def check_inside(directory: Path, *paths: Path) -> None:
+    """Refuse to write below a run's directory where a link leads out of it.
+
+    :param paths: of files or folders that are going to be written.
+    :raises ConfigError: names the path and where it leads.
+    """
+    try:
+        root = directory.resolve()
+        for path in paths:
+            real = path.parent.resolve()
+            if not real.is_relative_to(root):
+                raise ConfigError(f"{path}: leads out of the run's directory, to {real}: nothing is written there")
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise ConfigError(f"{directory}: {error}") from None
+
+
 @contextmanager
 def run_directory(directory: Path, overwrite: bool, say: Callable[[str], None] = lambda _: None) -> Iterator[Path]:
     """Where a run may write. An earlier run in ``directory`` is replaced only when the new one is complete.
@@ -39,20 +55,24 @@ def run_directory(directory: Path, overwrite: bool, say: Callable[[str], None] =
     try:
         if directory.exists() and not directory.is_dir():
             raise ConfigError(f"output {directory} is a file, expected a directory")
-        occupied = directory.is_dir() and any(directory.iterdir())
+        occupied = directory.is_dir() and not all(map(_left_by_a_kill, directory.iterdir()))
         if not occupied:
             directory.mkdir(parents=True, exist_ok=True)
+            for unfinished in directory.iterdir():
+                unfinished.unlink()
             if not os.access(directory, os.W_OK | os.X_OK):
                 raise ConfigError(f"output {directory} cannot be written to")
-            yield directory
-            return
-        if not overwrite:
+        elif not overwrite:
             raise ConfigError(f"output {directory} is not empty: give another --output, or --overwrite to replace it")
-        if not (directory / RECIPE).is_file():
+        elif not (directory / RECIPE).is_file():
             raise ConfigError(f"output {directory} does not hold a run (no {RECIPE}): --overwrite refused")
-        fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}.new-", dir=directory.parent))
+        else:
+            fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}.new-", dir=directory.parent))
     except OSError as error:
         raise ConfigError(f"output {directory} cannot be written to: {error.strerror or error}") from None
+    if not occupied:
+        yield directory
+        return
     try:
         yield fresh
     except BaseException:
@@ -60,9 +80,33 @@ def run_directory(directory: Path, overwrite: bool, say: Callable[[str], None] =
         raise
     fresh.chmod(directory.stat().st_mode)
     old = fresh.with_name(fresh.name.replace(".new-", ".old-"))
-    os.replace(directory, old)
-    os.replace(fresh, directory)
-    shutil.rmtree(old)
+    try:
+        os.replace(directory, old)
+        try:
+            os.replace(fresh, directory)
+        except OSError:
+            os.replace(old, directory)
+            raise
+    except OSError as error:
+        raise ConfigError(
+            f"output {directory} cannot be replaced: {error.strerror or error}; the complete new run is in {fresh}"
+        ) from None
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _left_by_a_kill(path: Path) -> bool:
+    """Whether this is the recipe of a run that was killed while it was written, before everything else."""
+    return path.is_file() and path.name.startswith(f".{RECIPE}.") and path.name.endswith(".tmp")
+
+
+def no_run(directory: Path) -> str:
+    """What to say of a directory without a run, for ``--resume``."""
+    try:
+        beside = sorted(p for p in directory.resolve().parent.glob(f".{directory.name}.*-*") if (p / RECIPE).is_file())
+    except OSError:
+        beside = []
+    hint = f"; one that was to replace it, or was replaced, is in {beside[0]}" if beside else ""
+    return f"--resume: {directory} holds no run (no {RECIPE}); start one without --resume{hint}"
 
 
 def resumed_directory(directory: Path, recipe: Recipe) -> Path:
@@ -72,7 +116,7 @@ def resumed_directory(directory: Path, recipe: Recipe) -> Path:
     """
     stored = directory / RECIPE
     if not stored.is_file():
-        raise ConfigError(f"--resume: {directory} holds no run (no {RECIPE}); start one without --resume")
+        raise ConfigError(no_run(directory))
     before, now = (r.model_dump(mode="json") for r in (load_recipe(stored), recipe))
     found = _first_difference(before, now)
     if found is not None:
@@ -80,6 +124,10 @@ def resumed_directory(directory: Path, recipe: Recipe) -> Path:
         raise ConfigError(f"--resume: {key} is {_short(new)}, the run in {directory} was started with {_short(old)}")
     if not os.access(directory, os.W_OK | os.X_OK):
         raise ConfigError(f"output {directory} cannot be written to")
+    folders = ("checkpoint", "export", STATE, "baselines/x", "seeds/x")
+    check_inside(directory, *(directory / folder / "x" for folder in folders))
+    for part in (*directory.glob("baselines/*"), *directory.glob("seeds/*"), *directory.glob("seeds/*/baselines/*")):
+        check_inside(directory, *(part / folder / "x" for folder in folders[:3]))
     return directory.resolve()
 
 

@@ -6,10 +6,11 @@ import re
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from fat_plugins.errors import ConfigError, nearest
+from fat_plugins.errors import ConfigError, nearest, shown
 
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _allowed: set[str] = set()
@@ -37,7 +38,7 @@ def check_name(name: str, key: str) -> None:
     :raises ConfigError: one line with the key.
     """
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"{key}: expected 'module:function', got {name!r}")
+        raise ConfigError(f"{key}: expected 'module:function', got {shown(name)}")
 
 
 def load(name: str, key: str) -> Callable[..., Any]:
@@ -48,8 +49,7 @@ def load(name: str, key: str) -> Callable[..., Any]:
     """
     check_name(name, key)
     module, _, function = name.partition(":")
-    parts = module.split(".")
-    if not any(".".join(parts[: i + 1]) in _allowed for i in range(len(parts))):
+    if not _permitted(module):
         raise ConfigError(
             f"{key}: the recipe wants to run code of module {module!r}; if you trust it, add --allow-import {module}"
         )
@@ -59,7 +59,33 @@ def load(name: str, key: str) -> Callable[..., Any]:
         found = import_module(module)
     except ImportError as error:
         raise ConfigError(f"{key}: cannot import {module!r}: {error}") from None
+    except SyntaxError as error:
+        raise ConfigError(f"{key}: cannot import {module!r}: {error.filename}:{error.lineno}: {error.msg}") from None
     target = getattr(found, function, None)
     if not callable(target):
         raise ConfigError(f"{key}: module {module!r} has no function {function!r}{nearest(function, vars(found))}")
+    home = getattr(target, "__module__", None) or module
+    if not _permitted(home):  # what it imports itself, such as subprocess.run, is not the user's
+        raise ConfigError(f"{key}: {name!r} is of module {home!r}; if you trust it, add --allow-import {home}")
     return target
+
+
+def call(name: str, key: str, options: dict[str, Any], **given: Any) -> Any:
+    """What the function called ``name`` returns.
+
+    :param options: keyword arguments of the recipe's, ``given``: ours.
+    :raises ConfigError: as :func:`load`; the function does not take these arguments.
+    """
+    function = load(name, key)
+    try:
+        signature(function).bind(**given, **options)
+    except TypeError as error:
+        raise ConfigError(f"{key}: {name} does not take these options: {error}") from None
+    except ValueError:  # a function without a signature, such as one of C
+        pass
+    return function(**given, **options)
+
+
+def _permitted(module: str) -> bool:
+    parts = module.split(".")
+    return any(".".join(parts[: i + 1]) in _allowed for i in range(len(parts)))

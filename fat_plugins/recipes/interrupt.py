@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+
+#: seconds after the first :class:`Interrupted` in which no other is raised: what is in progress is cleared up
+_QUIET = 1.0
 
 
 class Interrupted(KeyboardInterrupt):
@@ -27,12 +31,13 @@ class Interrupted(KeyboardInterrupt):
 class Interrupts:
     """Remembers a signal while it is held back.
 
-    :ivar pending: number of the signal that waits, or ``None``.
+    :ivar pending: number of the signal that came, or ``None``.
     """
 
     def __init__(self) -> None:
         self.pending: int | None = None
         self._depth = 0
+        self._raised: float | None = None
 
     @contextmanager
     def caught(self) -> Iterator[Interrupts]:
@@ -49,10 +54,17 @@ class Interrupts:
                 signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._depth and self.pending is None:
-            self.pending = number
-        else:  # whoever asks twice does not want to wait
-            raise Interrupted(number, at_once=bool(self._depth))
+        waits = self._depth and self.pending is None
+        # also when it is raised: Python drops an exception that meets a destructor, and the next check finds this
+        self.pending = number
+        if waits or (self._raised is not None and time.monotonic() - self._raised < _QUIET):
+            return
+        self._raised = time.monotonic()
+        raise Interrupted(number, at_once=bool(self._depth))  # whoever asks twice does not want to wait
+
+    def swallowed(self) -> Interrupted | None:
+        """An :class:`Interrupted` for the one that was raised, where code of others made another exception of it."""
+        return None if self._raised is None or self.pending is None else Interrupted(self.pending)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -62,3 +74,18 @@ class Interrupts:
             yield
         finally:
             self._depth -= 1
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """Within a block of :meth:`held`: here a signal acts at once, also one that has been waiting.
+
+        :raises Interrupted: there is one.
+        """
+        depth = self._depth
+        try:
+            self._depth = 0
+            if self.pending is not None:
+                raise Interrupted(self.pending)
+            yield
+        finally:
+            self._depth = depth

@@ -9,13 +9,15 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from fat_plugins.errors import CheckpointError
+from fat_plugins.errors import CheckpointError, ConfigError, FatPluginsError
 from fat_plugins.explain import explain
 from fat_plugins.recipes.checkpoint import Checkpoint, load_checkpoint, load_state
 from fat_plugins.recipes.data import Data
 from fat_plugins.recipes.directory import LAST, checkpoint_path
 from fat_plugins.recipes.hosts import Host, get_host
+from fat_plugins.recipes.models import check_fit
 from fat_plugins.recipes.schema import Recipe
+from fat_plugins.recipes.sealed import contents_of
 
 
 @dataclass
@@ -57,15 +59,27 @@ def load_run(directory: Path, which: str | None = None) -> LoadedRun:
         export = run_recipe(directory).export
         which = export.checkpoint if export is not None else LAST
     checkpoint, recipe = _stored(directory, which)
-    recipe.check()
+    path = checkpoint_path(directory, which)
+    if checkpoint.config is None:
+        raise CheckpointError(f"{path}: a float model, expected one with quantizers")
+    try:
+        recipe.check()
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: its recipe: {error}") from None
     data, host = recipe.data.build(), get_host(recipe.host)
     torch.manual_seed(0)
-    _, model = host.compress(
-        recipe.model.build(data),
-        checkpoint.config,
-        data.calibration_loader(recipe.data.batch_size),
-        data.example,
-        compression_state=checkpoint.compression_state,
-    )
-    load_state(model, checkpoint.state, str(checkpoint_path(directory, which)))
+    model = recipe.model.build(data)
+    check_fit(model, recipe.model.name, data.example, data.classes)
+    try:
+        with contents_of(str(path)):
+            _, model = host.compress(
+                model,
+                checkpoint.config,
+                data.calibration_loader(recipe.data.batch_size),
+                data.example,
+                compression_state=checkpoint.compression_state,
+            )
+    except FatPluginsError as error:
+        raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from error
+    load_state(model, checkpoint.state, str(path))
     return LoadedRun(recipe, data, host, model.eval(), checkpoint)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import math
+import os
 import re
 from collections.abc import Iterable
 from importlib import resources
@@ -12,13 +13,14 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from fat_plugins.errors import ConfigError, nearest
+from fat_plugins.errors import ConfigError, nearest, shown
 from fat_plugins.explain import explain, first_error
+from fat_plugins.files import MAX_DEPTH, MAX_DIGITS, is_file, parse_json, read_text
 from fat_plugins.recipes.schema import Recipe
 
-#: no honest recipe is larger; keeps a wrong file name from filling the memory
-MAX_BYTES = 1_000_000
-MAX_DEPTH = 50
+#: no honest recipe is larger, and the parser takes seconds for a megabyte
+MAX_BYTES = 200_000
+MAX_TOKENS = 20_000
 #: files that one recipe is made of
 MAX_FILES = 16
 #: a section that names another thing than the one it replaces has nothing to do with it
@@ -58,27 +60,16 @@ def find_recipe(name: str | Path) -> Path:
     :raises ConfigError: neither, with the nearest name.
     """
     path = Path(name)
-    if path.is_file():
+    if is_file(path):
         return path
     known = shipped()
     if str(name) in known:
         return known[str(name)]
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ConfigError(f"recipe {str(name)!r} is a directory; expected a YAML file")
     raise ConfigError(
-        f"no recipe file {str(name)!r}; `fat-plugins recipes` lists the shipped ones{nearest(name, known)}"
+        f"no recipe file {shown(str(name), 300)}; `fat-plugins recipes` lists the shipped ones{nearest(name, known)}"
     )
-
-
-def _read(path: Path) -> str:
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_BYTES} bytes, not a recipe or config")
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not a text file in UTF-8") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from None
 
 
 def read_json_config(path: Path) -> dict[str, Any]:
@@ -86,15 +77,39 @@ def read_json_config(path: Path) -> dict[str, Any]:
 
     :raises ConfigError: missing file, broken JSON, or no ``compression`` in it.
     """
-    try:
-        config = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply") from None
+    config = parse_json(read_text(path), str(path))
     if not isinstance(config, dict) or "compression" not in config:
         raise ConfigError(f"{path}: expected an NNCF config, an object with the key 'compression'")
     return config
+
+
+class _Loader(yaml.SafeLoader):
+    """Values that JSON has too; what else YAML knows (dates, bytes, sets, tags) is refused with its line."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+        except (
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+        ) as error:  # of a wrong !!int and such
+            raise _not_plain(f"{shown(node.value, 40)}: {error}", node) from None
+        if isinstance(value, float) and not math.isfinite(value):
+            raise _not_plain(f"{node.value} is not a finite number", node)
+        if isinstance(value, int) and value.bit_length() > 3 * MAX_DIGITS:
+            raise _not_plain(f"a number of {len(node.value)} digits", node)
+        if value is not None and not isinstance(value, (dict, list, str, int, float)):
+            raise _not_plain(f"{shown(node.value, 40)} is a {type(value).__name__}; put text in quotes", node)
+        if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+            raise _not_plain(f"{shown(value)} is not Unicode text", node)
+        return value
+
+
+def _not_plain(problem: str, node: yaml.Node) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark)
 
 
 def _lines(node: yaml.Node | None, path: tuple = (), found: dict[tuple, int] | None = None) -> dict[tuple, int]:
@@ -109,10 +124,13 @@ def _lines(node: yaml.Node | None, path: tuple = (), found: dict[tuple, int] | N
     if isinstance(node, yaml.MappingNode):
         seen = set()
         for key, value in node.value:
+            line = key.start_mark.line + 1
+            if key.tag != "tag:yaml.org,2002:str":
+                raise ConfigError(f"line {line}: key {shown(key.value)} is no text; put it in quotes")
             if key.value in seen:
-                raise ConfigError(f"line {key.start_mark.line + 1}: key {key.value!r} occurs twice")
+                raise ConfigError(f"line {line}: key {shown(key.value)} occurs twice")
             seen.add(key.value)
-            found[(*path, key.value)] = key.start_mark.line + 1
+            found[(*path, key.value)] = line
             _lines(value, (*path, key.value), found)
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
@@ -121,9 +139,11 @@ def _lines(node: yaml.Node | None, path: tuple = (), found: dict[tuple, int] | N
 
 
 def _refuse_bombs(text: str) -> None:
-    """Aliases, which can grow without bound, and nesting that no recipe has but that takes the parser minutes."""
+    """Aliases, which can grow without bound, and nesting and lengths that no recipe has but that take minutes."""
     depth = 0
-    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+    for number, token in enumerate(yaml.scan(text, Loader=yaml.SafeLoader)):
+        if number > MAX_TOKENS:
+            raise ConfigError(f"line {token.start_mark.line + 1}: more than {MAX_TOKENS} words and signs before it")
         depth += isinstance(token, _STARTS) - isinstance(token, _ENDS)
         if depth > MAX_DEPTH:
             raise ConfigError(f"line {token.start_mark.line + 1}: nested deeper than {MAX_DEPTH} levels")
@@ -134,7 +154,7 @@ def _refuse_bombs(text: str) -> None:
 def _parse(text: str, path: Path) -> tuple[Any, dict[tuple, int]]:
     try:
         _refuse_bombs(text)
-        return yaml.safe_load(text), _lines(yaml.compose(text, Loader=yaml.SafeLoader))
+        return yaml.load(text, Loader=_Loader), _lines(yaml.compose(text, Loader=yaml.SafeLoader))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = " ".join(str(error.problem or error.context).split())
@@ -161,21 +181,32 @@ def _merge_keys(base: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return {**base, **{k: _merge(base[k], v) if k in base else v for k, v in new.items()}}
 
 
+def _beside(name: str, path: Path, key: str) -> Path:
+    """A file that a recipe names: beside it or below, links followed."""
+    try:
+        found = (path.parent / name).resolve()
+        inside = found.is_relative_to(path.parent.resolve())
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL in it, links in a circle
+        raise ConfigError(f"{path}: {key}: no file {shown(name)}") from None
+    if not inside:
+        raise ConfigError(f"{path}: {key}: {shown(name)} lies outside the recipe's folder")
+    if not is_file(found):
+        raise ConfigError(f"{path}: {key}: no file {shown(str(found), 300)}")
+    return found
+
+
 def _base(name: Any, path: Path) -> Path:
     """The file that ``extends`` means: one beside or below the recipe, or a shipped recipe by name."""
     if not isinstance(name, str):
-        raise ConfigError(f"{path}: extends: expected a file or a list of files, got {name!r}")
+        raise ConfigError(f"{path}: extends: expected a file or a list of files, got {shown(name)}")
     if Path(name).suffix not in (".yaml", ".yml"):
         known = shipped()
         if name not in known:
-            raise ConfigError(f"{path}: extends: no shipped recipe {name!r}, nor a .yaml file{nearest(name, known)}")
+            raise ConfigError(
+                f"{path}: extends: no shipped recipe {shown(name)}, nor a .yaml file{nearest(name, known)}"
+            )
         return known[name]
-    found = (path.parent / name).resolve()
-    if not found.is_relative_to(path.parent.resolve()):
-        raise ConfigError(f"{path}: extends: {name!r} lies outside the recipe's folder")
-    if not found.is_file():
-        raise ConfigError(f"{path}: extends: no file {found}")
-    return found
+    return _beside(name, path, "extends")
 
 
 def _assemble(path: Path, above: tuple[Path, ...], read: list[Path]) -> tuple[dict[str, Any], dict[tuple, str]]:
@@ -183,11 +214,11 @@ def _assemble(path: Path, above: tuple[Path, ...], read: list[Path]) -> tuple[di
     read.append(path)
     if len(read) > MAX_FILES:
         raise ConfigError(f"{read[0]}: extends: made of more than {MAX_FILES} files")
-    raw, lines = _parse(_read(path), path)
+    raw, lines = _parse(read_text(path, limit=MAX_BYTES), path)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping with keys such as model, data, compression")
     if isinstance(raw.get("compression"), str):
-        raw["compression"] = read_json_config(path.parent / raw["compression"])
+        raw["compression"] = read_json_config(_beside(raw["compression"], path, "compression"))
     above = (*above, path.resolve())
     merged: dict[str, Any] = {}
     places: dict[tuple, str] = {}
@@ -195,7 +226,7 @@ def _assemble(path: Path, above: tuple[Path, ...], read: list[Path]) -> tuple[di
     for name in bases if isinstance(bases, list) else [bases]:
         base = _base(name, path)
         if base.resolve() in above:
-            raise ConfigError(f"{path}: extends: {name!r} extends this recipe in turn")
+            raise ConfigError(f"{path}: extends: {shown(name)} extends this recipe in turn")
         other, elsewhere = _assemble(base, above, read)
         other.pop("name", None)  # of the other recipe's run directory
         merged = _merge_keys(merged, other)
@@ -213,7 +244,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
     for setting in settings:
         key, found, text = setting.partition("=")
         if not found or not all(key.split(".")):
-            raise ConfigError(f"--set: expected key=value such as training.epochs=3, got {setting!r}")
+            raise ConfigError(f"--set: expected key=value such as training.epochs=3, got {shown(setting)}")
         value, _ = _parse(text, Path("--set"))
         for part in reversed(key.split(".")):
             value = {part: value}

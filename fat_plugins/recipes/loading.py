@@ -79,13 +79,31 @@ class Loader(DataLoader):
         try:
             yield from super().__iter__()
         except FatPluginsError as error:  # a worker process wraps it in its own traceback
-            last = str(error).strip().splitlines()[-1]
+            last = str(error.args[0]).strip().splitlines()[-1]
             raise type(error)(last.split(f"{type(error).__name__}: ", 1)[-1]) from None
 
     def begin(self, epoch: int, step: int = 0) -> Loader:
         """Training loaders: the next pass is that of ``epoch``, without its first ``step`` batches."""
         self.batch_sampler.epoch, self.batch_sampler.skip = epoch, step
         return self
+
+
+@contextmanager
+def lost_workers_told() -> Iterator[None]:
+    """torch notices the end of a process that reads images wherever the main process happens to be; say what it means.
+
+    :raises FatPluginsError: that has happened.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        what = " ".join(str(error).split()).rstrip(". ")
+        raise FatPluginsError(
+            f"data: a process that reads images is lost ({what}); go on with --resume, if memory is short with smaller "
+            "data.params.workers"
+        ) from None
 
 
 def _as_it_is(batch: Any) -> Any:

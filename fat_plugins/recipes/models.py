@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from fat_plugins.errors import ConfigError, nearest, unknown
 from fat_plugins.quantizer import Params
-from fat_plugins.recipes.imports import load
+from fat_plugins.recipes.imports import call
 from fat_plugins.recipes.nets_cifar import NETS
 from fat_plugins.recipes.vision import torchvision
+
+#: of torchvision's networks; twice the largest that it has
+MAX_PARAMETERS = 1_500_000_000
 
 
 class DigitsCNNParams(Params):
@@ -69,7 +73,7 @@ class CallableModelParams(Params):
 
 def _own(params: CallableModelParams, sample_shape: tuple[int, ...], classes: int) -> nn.Module:
     key = "model.params.factory"
-    model = load(params.factory, key)(sample_shape=sample_shape, classes=classes, **params.options)
+    model = call(params.factory, key, params.options, sample_shape=sample_shape, classes=classes)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{key}: {params.factory} returned {type(model).__name__}, expected a torch.nn.Module")
     return model
@@ -110,8 +114,41 @@ def build_torchvision(name: str, params: dict[str, Any], classes: int) -> nn.Mod
     :raises ConfigError: torchvision does not take them.
     """
     models = torchvision(f"model {name!r}", "models")
+    options = {**_TORCHVISION.get(name, {}), **params}
     try:
-        options = {**_TORCHVISION.get(name, {}), **params}
+        if params:  # which may ask for any width: count before any memory is taken
+            with torch.random.fork_rng(), torch.device("meta"):
+                _check_size(models.get_model(name, weights=None, num_classes=classes, **options))
         return models.get_model(name, weights=None, num_classes=classes, **options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"model.params: torchvision's {name}: {error}") from None
+    except ConfigError:
+        raise
+    except Exception as error:  # torchvision checks nothing: whatever its layers say
+        raise ConfigError(f"model.params: torchvision's {name}: {type(error).__name__}: {error}") from None
+
+
+def _check_size(model: nn.Module) -> None:
+    count = sum(p.numel() for p in model.parameters())
+    if count > MAX_PARAMETERS:
+        raise ConfigError(f"model.params: {count:,} parameters, allowed: up to {MAX_PARAMETERS:,}")
+
+
+def check_fit(model: nn.Module, name: str, example: Tensor, classes: int) -> None:
+    """Run a model on one image, which costs little compared with finding out in the middle of a training.
+
+    :param example: 1 x C x H x W.
+    :raises ConfigError: it refuses the image, or does not give one number for each class.
+    """
+    shape = "x".join(map(str, example.shape[1:]))
+    training = model.training
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            out = model.eval()(example)
+    except Exception as error:  # whatever its layers say
+        raise ConfigError(f"model: {name!r} does not take images of {shape}: {error}") from error
+    finally:
+        model.train(training)
+    if not isinstance(out, Tensor) or tuple(out.shape) != (1, classes):
+        what = f"a tensor of {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        raise ConfigError(
+            f"model: {name!r} gives {what} for one image, expected (1, {classes}): the classes of the data"
+        )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fat_plugins.errors import ConfigError, unknown
+from fat_plugins.errors import CheckpointError, ConfigError, shown, unknown
 from fat_plugins.quantizer import param_groups
 
 if TYPE_CHECKING:
@@ -60,6 +60,32 @@ def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.O
         return OPTIMIZERS[section.name](groups, lr=float(section.lr), **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer.options: {section.name}: {error}") from None
+
+
+def check_state(optimizer: torch.optim.Optimizer, where: str) -> None:
+    """Refuse a state that torch's optimizer has taken and would stumble over in its next step.
+
+    :raises CheckpointError: an option of another type, moments that are missing, of another shape or not numbers.
+    """
+    fresh = optimizer.defaults
+    for group in optimizer.param_groups:
+        for key, usual in fresh.items():
+            if key not in group:
+                raise CheckpointError(f"{where}: optimizer: {key} is missing")
+            value = group[key]
+            numbers = (bool, int, float)
+            if not isinstance(value, numbers if isinstance(usual, numbers) else (type(usual), list, *numbers)):
+                raise CheckpointError(f"{where}: optimizer: {key} is {shown(value)}, expected as {usual!r}")
+    kinds = {tuple(sorted((k, type(v).__name__) for k, v in m.items())) for m in optimizer.state.values()}
+    if len(kinds) > 1:
+        raise CheckpointError(f"{where}: optimizer: moments of some parameters are missing: {shown(sorted(kinds))}")
+    for parameter, moments in optimizer.state.items():
+        for key, value in moments.items():
+            if not isinstance(value, torch.Tensor):
+                if value is not None and not isinstance(value, (int, float)):
+                    raise CheckpointError(f"{where}: optimizer: {key} is {shown(value)}, expected numbers")
+            elif value.numel() != 1 and value.shape != parameter.shape:
+                raise CheckpointError(f"{where}: optimizer: {key} has shape {tuple(value.shape)}, not the parameter's")
 
 
 def check_options(name: str, options: dict[str, Any]) -> None:

@@ -89,7 +89,7 @@ class WeightAverage(Part):
         """
         own = dict(self.model.state_dict())
         for key, value in (*state["values"].items(), *state["norms"].items()):
-            if key not in own or own[key].shape != value.shape:
+            if key not in own or not isinstance(value, torch.Tensor) or own[key].shape != value.shape:
                 raise CheckpointError(f"averaged weights: belong to another model: {key!r}{nearest(key, own)}")
         self.steps = int(state["steps"])
         self.values, self.norms = (

@@ -7,11 +7,14 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import mean
 from typing import Any
 
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
 from fat_plugins.config import DEFAULT_BITS, PLAIN_BITS
-from fat_plugins.errors import CheckpointError
+from fat_plugins.errors import CheckpointError, one_line, unknown
+from fat_plugins.explain import explain
 from fat_plugins.mixed import algorithms_of
 from fat_plugins.recipes.deploy import Deployment, LayerRow
 from fat_plugins.recipes.schema import Recipe, plugin_sections
@@ -42,6 +45,36 @@ class VariantResult:
     def deployed_to(self, target: Target) -> Deployment | None:
         """The file of one target."""
         return next((d for d in self.deployments if d.format == target.name), None)
+
+
+_RESULT = TypeAdapter(VariantResult)
+
+
+class _Stored(BaseModel):
+    """``report.json`` but for what is read result by result."""
+
+    name: str
+    facts: dict[str, str]
+    labels: dict[str, str] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+    results: list[Any] = Field(min_length=1)
+
+
+def read_result(data: Any, where: str) -> VariantResult:
+    """One result as ``report.json`` and the state of a run hold it.
+
+    :raises CheckpointError: it is none; names the first entry that is missing or wrong.
+    """
+    try:
+        result = _RESULT.validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(one_line(str(p), 60) for p in first["loc"])
+        raise CheckpointError(f"{where}: not of this version of fat-plugins: {path}: {first['msg']}") from None
+    for deployment in result.deployments:
+        if deployment.format not in TARGETS:
+            raise CheckpointError(f"{where}: {unknown('format', deployment.format, TARGETS)}")
+    return result
 
 
 def _percent(values: list[float]) -> str:
@@ -140,19 +173,15 @@ class RunReport:
         :raises CheckpointError: it is no such dictionary.
         """
         try:
-            results = []
-            for result in data["results"]:
-                deployments = []
-                for deployment in result["deployments"]:
-                    fields = {k: v for k, v in deployment.items() if k != "code_bytes"}
-                    rows = [LayerRow(**row) for row in deployment["layers"]]
-                    deployments.append(Deployment(**{**fields, "layers": rows}))
-                results.append(VariantResult(**{**result, "deployments": deployments}))
-            names = {r.algorithm for r in results}
-            labels = {name: data.get("labels", {}).get(name, name.upper()) for name in sorted(names)}
-            return cls(data["name"], data["facts"], labels, results, data.get("versions", {}))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"report.json: not the results of a run of this version: {error}") from None
+            known = _Stored.model_validate(data)
+        except ValidationError as error:
+            raise CheckpointError(f"report.json: not the results of a run: {explain(error, _Stored)}") from None
+        results = [read_result(result, "report.json") for result in known.results]
+        if not any(not result.baseline for result in results):
+            raise CheckpointError("report.json: no result of the recipe's own algorithm")
+        names = sorted({r.algorithm for r in results})
+        labels = {name: known.labels.get(name, name.upper()) for name in names}
+        return cls(known.name, known.facts, labels, results, known.versions)
 
     def part(self, seed: int, algorithm: str | None, within: str) -> RunReport:
         """The same of a part of the run.
@@ -329,9 +358,11 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _rich(title: str, header: list[str], rows: list[list[str]], no_wrap: bool = False) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     for i, column in enumerate(header):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold", no_wrap=no_wrap and i > 0)
+        table.add_column(
+            escape(column), justify="left" if i == 0 else "right", overflow="fold", no_wrap=no_wrap and i > 0
+        )
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     return table

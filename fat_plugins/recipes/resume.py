@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from fat_plugins.errors import CheckpointError, ConfigError
+from fat_plugins.files import MAX_RESULTS, parse_json, read_text
 from fat_plugins.recipes.checkpoint import write_json
-from fat_plugins.recipes.deploy import Deployment, LayerRow
-from fat_plugins.recipes.directory import REPORT, STATE
-from fat_plugins.recipes.report import VariantResult
-from fat_plugins.recipes.state import StateFile
+from fat_plugins.recipes.directory import RECIPE, REPORT, STATE
+from fat_plugins.recipes.report import VariantResult, read_result
+from fat_plugins.recipes.state import StateFile, previous_of
 
 FORMAT = 1
 
@@ -30,14 +29,7 @@ def result_from_dict(data: dict[str, Any]) -> VariantResult:
 
     :raises CheckpointError: the dictionary is no result.
     """
-    try:
-        deployments = []
-        for entry in data["deployments"]:
-            known = {k: v for k, v in entry.items() if k in Deployment.__dataclass_fields__}
-            deployments.append(Deployment(**{**known, "layers": [LayerRow(**row) for row in known["layers"]]}))
-        return VariantResult(**{**data, "deployments": deployments})
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"the results of the run are not of this version of fat-plugins: {error}") from None
+    return read_result(data, "the results of the run")
 
 
 def finished_run(directory: Path) -> dict[str, Any] | None:
@@ -46,14 +38,19 @@ def finished_run(directory: Path) -> dict[str, Any] | None:
     :raises CheckpointError: it is damaged.
     """
     path = directory / REPORT
-    return _read(path) if path.is_file() and not (directory / STATE).exists() else None
+    if not path.is_file() or (directory / STATE).exists():
+        return None
+    shutil.rmtree(_done(directory), ignore_errors=True)  # a kill left it in the last moment
+    return _read(path)
+
+
+def _done(directory: Path) -> Path:
+    """Where the state of a run goes, in one move, when it is complete."""
+    return directory / f".{STATE}.done"
 
 
 def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable: {error}") from None
+    return parse_json(read_text(path, error=CheckpointError, limit=MAX_RESULTS), str(path), CheckpointError)
 
 
 class RunState:
@@ -70,6 +67,7 @@ class RunState:
         self.directory, self.options, self._say, self.writes = directory / STATE, options, say, writes
         self.results: list[VariantResult] = []
         self._file = StateFile(self.directory / "training.safetensors")
+        self._run, self._damaged = self.directory / "run.json", False
         self._training: dict[str, Any] | None = None
 
     @property
@@ -87,26 +85,61 @@ class RunState:
         :raises ConfigError: it was started with other options.
         :raises CheckpointError: the state is damaged.
         """
-        path = self.directory / "run.json"
         if self.writes:
             for unfinished in self.directory.parent.rglob(".*.tmp"):  # files that a kill left half-written
                 unfinished.unlink(missing_ok=True)
-        if not path.is_file():  # cut before anything was done
+        found = self._started()
+        if found is None:  # cut before anything was done
             return self.begin()
-        found = _read(path)
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            raise CheckpointError(f"{path}: not of this version of fat-plugins")
         for key, value in self.options.items():
             if found["options"].get(key) != value:
                 raise ConfigError(f"--resume: {key} is {value}, the run was started with {found['options'].get(key)}")
         self.results = [result_from_dict(r) for r in found["results"]]
         self._training = self._file.load(self._say)
 
+    def _started(self) -> dict[str, Any] | None:
+        """What ``run.json`` says, or the one before it: with that, an algorithm at most is trained again.
+
+        :return: ``None`` when there is neither.
+        :raises CheckpointError: none of them is readable.
+        """
+        error = None
+        for path in (self._run, previous_of(self._run)):
+            if not path.exists():
+                continue
+            try:
+                found = _read(path)
+                if not isinstance(found, dict) or found.get("format") != FORMAT:
+                    raise CheckpointError(f"{path}: not of this version of fat-plugins")
+                if not isinstance(found.get("options"), dict) or not isinstance(found.get("results"), list):
+                    raise CheckpointError(f"{path}: its options or results are missing")
+            except CheckpointError as problem:
+                error = error or problem
+                continue
+            if error is not None:
+                self._damaged = True
+                self._say(f"warning: {error}; going on from the one before it")
+            return found
+        if error is not None:
+            raise error
+        return None
+
     def _write(self) -> None:
         if not self.writes:
             return
-        results = [result_to_dict(r) for r in self.results]
-        write_json(self.directory / "run.json", {"format": FORMAT, "options": self.options, "results": results})
+        self.require()
+        data = {"format": FORMAT, "options": self.options, "results": [result_to_dict(r) for r in self.results]}
+        write_json(self._run, data, keep=None if self._damaged else previous_of(self._run))
+        self._damaged = False
+
+    def require(self) -> None:
+        """Before anything is written: a directory that was taken away must not come back without what was in it.
+
+        :raises CheckpointError: the run's directory is gone.
+        """
+        root = self.directory.parent
+        if not (root / RECIPE).is_file():
+            raise CheckpointError(f"{root}: the directory of the run is gone, or its {RECIPE}: nothing more is written")
 
     def result(self, seed: int, name: str) -> VariantResult | None:
         """Result of a variant that is finished."""
@@ -132,13 +165,14 @@ class RunState:
     def save(self, seed: int, name: str, state: dict[str, Any]) -> None:
         """Keep the state of the training of a variant, and the one before."""
         if self.writes:
+            self.require()
             self._file.save({"seed": seed, "variant": name, **state})
 
     def close(self) -> None:
         """The run is complete."""
         if not self.writes:
             return
-        done = self.directory.with_name(f".{STATE}.done")
+        done = _done(self.directory.parent)
         shutil.rmtree(done, ignore_errors=True)  # of a run that was cut here
         os.replace(self.directory, done)
         shutil.rmtree(done)

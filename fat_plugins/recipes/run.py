@@ -42,11 +42,14 @@ from fat_plugins.recipes.directory import (
 from fat_plugins.recipes.hosts import get_host
 from fat_plugins.recipes.interrupt import Interrupted, Interrupts
 from fat_plugins.recipes.loader import dump_recipe
+from fat_plugins.recipes.loading import lost_workers_told
+from fat_plugins.recipes.models import check_fit
 from fat_plugins.recipes.parts import parts_of
 from fat_plugins.recipes.progress import Reporter
 from fat_plugins.recipes.report import RunReport, VariantResult
 from fat_plugins.recipes.resume import RunState, finished_run, result_from_dict, result_to_dict
 from fat_plugins.recipes.schema import BaselineSection, Recipe
+from fat_plugins.recipes.sealed import contents_of
 from fat_plugins.recipes.state import seed_everything
 from fat_plugins.recipes.trainer import evaluate
 from fat_plugins.recipes.variant import Context, Options, Variant
@@ -85,6 +88,7 @@ def train(
     for wanted in targets:
         wanted.require()
     data = recipe.data.build()
+    check_fit(recipe.model.build(data), recipe.model.name, data.example, data.classes)
     for variant in (None, *recipe.baselines):
         for stage in recipe.training.stages:
             host.check(recipe.config_for(variant, stage), data.example)
@@ -97,21 +101,25 @@ def train(
         state = RunState(target, own, reporter.say, writes=world.main)
         context = Context(recipe, data, host, reporter, target, state, options, world, interrupts or Interrupts())
         if options.resume:
-            state.resume()
+            with contents_of(str(state.path.with_name("run.json"))):
+                state.resume()
         else:
             if world.main:
                 write_text(target / RECIPE, dump_recipe(recipe))
             state.begin()
         reporter.event("start", recipe=recipe.name, directory=str(target), resumed=options.resume, seeds=recipe.seeds)
         try:
-            for i, seed in enumerate(recipe.seeds):
-                context.seed = seed
-                _run_seed(context, target if i == 0 else target / "seeds" / str(seed))
+            with lost_workers_told():
+                for i, seed in enumerate(recipe.seeds):
+                    context.seed = seed
+                    _run_seed(context, target if i == 0 else target / "seeds" / str(seed))
         except BaseException as error:
-            if isinstance(error, Interrupted):
-                error.directory = target
-            reporter.event("end", status="interrupted" if isinstance(error, Interrupted) else "failed")
-            raise
+            stop = error if isinstance(error, Interrupted) else context.interrupts.swallowed()
+            reporter.event("end", status="failed" if stop is None else "interrupted")
+            if stop is None:
+                raise
+            stop.directory = target
+            raise stop from None
         report = _collected(recipe, data, versions(host, targets), state.results)
         if world.main:
             write_json(target / REPORT, report.to_dict())

@@ -20,6 +20,10 @@ from fat_plugins.recipes.targets import FORMATS, Target, targets_of
 from fat_plugins.recipes.weights import is_file, load_weights, torchvision_weights
 from fat_plugins.registry import algorithms, get_algorithm
 
+#: limits on what a recipe may ask for (SECURITY.md lists them); no honest one comes near
+MAX_EPOCHS, MAX_BATCH, MAX_SEED, MAX_LIST = 100_000, 65_536, 2**32 - 1, 1000
+#: names that some file systems keep for themselves
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.I)
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
@@ -94,7 +98,7 @@ class DataSection(Section):
     """Which images."""
 
     name: str = Field(description="Name of a registered dataset.")
-    batch_size: int = Field(64, ge=2, description="Images per optimizer step.")
+    batch_size: int = Field(64, ge=2, le=MAX_BATCH, description="Images per optimizer step.")
     params: dict[str, Any] = Field(default_factory=dict, description="Options of the dataset.")
 
     @field_validator("name")
@@ -144,7 +148,9 @@ class ScheduleSection(Section):
     final: Number = Field(
         0.0, ge=0, le=1, description="cosine, linear, polynomial: what is left of the rate at the end."
     )
-    milestones: list[int] = Field(default_factory=list, description="multistep: epochs at which the rate drops.")
+    milestones: list[int] = Field(
+        default_factory=list, max_length=MAX_LIST, description="multistep: epochs at which the rate drops."
+    )
     step_epochs: int | None = Field(None, ge=1, description="step: epochs between two drops.")
     gamma: Number = Field(
         0.1, gt=0, le=1, description="multistep, step: factor of each drop; exponential: every epoch."
@@ -179,13 +185,16 @@ class DistillationSection(Section):
 class TrainSection(Section):
     """One phase of training."""
 
-    epochs: int = Field(ge=0)
+    epochs: int = Field(ge=0, le=MAX_EPOCHS)
     optimizer: OptimizerSection
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     label_smoothing: Number = Field(0.0, ge=0, lt=1)
     clip_norm: Number | None = Field(None, gt=0, description="Largest norm of all gradients together.")
     accumulate: int = Field(
-        1, ge=1, description="Parts in which a batch goes through the network, one after the other, to save memory."
+        1,
+        ge=1,
+        le=MAX_BATCH,
+        description="Parts in which a batch goes through the network, one after the other, to save memory.",
     )
     amp: Literal["bf16", "fp16"] | None = Field(None, description="Mixed precision of the forward pass.")
     ema: EmaSection | None = Field(
@@ -196,7 +205,7 @@ class TrainSection(Section):
         description="Renew the statistics of batch norms before each evaluation; 'auto': where quantizers train with "
         "noise, so that the statistics of training are those of another network.",
     )
-    norm_batches: int = Field(32, ge=1, description="Training batches that do so.")
+    norm_batches: int = Field(32, ge=1, le=MAX_BATCH, description="Training batches that do so.")
 
 
 class StageTensor(Section):
@@ -210,7 +219,9 @@ class Stage(Section):
 
     weights: StageTensor | None = None
     activations: StageTensor | None = None
-    epochs: int | None = Field(None, ge=1, description="Epochs of this stage; those of training unless given.")
+    epochs: int | None = Field(
+        None, ge=1, le=MAX_EPOCHS, description="Epochs of this stage; those of training unless given."
+    )
     lr: Number | None = Field(None, gt=0, description="Learning rate of this stage; that of training unless given.")
     carry: Literal["all", "weights"] = Field(
         "all",
@@ -222,7 +233,7 @@ class Stage(Section):
 class FineTuneSection(TrainSection):
     """Training with quantizers."""
 
-    stages: list[Stage] = Field(default_factory=lambda: [Stage()], min_length=1)
+    stages: list[Stage] = Field(default_factory=lambda: [Stage()], min_length=1, max_length=100)
     distillation: DistillationSection | None = Field(None, description="Learn from the float model too.")
 
 
@@ -238,7 +249,7 @@ class ExportSection(Section):
     )
     checkpoint: Literal["last", "best"] = Field("last", description="'best' is chosen on the validation images.")
     verify: bool = Field(True, description="Compare integer codes of the exported file with torch.")
-    verify_samples: int = Field(64, ge=1, description="Test images used for that.")
+    verify_samples: int = Field(64, ge=1, le=MAX_BATCH, description="Test images used for that.")
 
     @field_validator("format")
     @classmethod
@@ -272,11 +283,16 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run's directory.")
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [0], min_length=1)
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, description="Name of the run's directory."
+    )
+    seeds: list[Annotated[int, Field(ge=0, le=MAX_SEED)]] = Field(
+        default_factory=lambda: [0], min_length=1, max_length=MAX_LIST
+    )
     threads: int | None = Field(
         None,
         ge=1,
+        le=1024,
         description="CPU threads of torch; a fixed number gives the same numbers on every machine of a kind.",
     )
     backend: Literal["auto", "eager", "compile"] | None = Field(
@@ -291,7 +307,16 @@ class Recipe(BaseModel):
     pretrain: TrainSection
     training: FineTuneSection
     export: ExportSection | None = Field(default_factory=ExportSection)
-    baselines: list[Annotated[BaselineSection, BeforeValidator(_baseline)]] = Field(default_factory=list)
+    baselines: list[Annotated[BaselineSection, BeforeValidator(_baseline)]] = Field(
+        default_factory=list, max_length=100
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _free_name(cls, value: str) -> str:
+        if _RESERVED.fullmatch(value):
+            raise ValueError(f"{value!r} is a name that Windows keeps for itself; choose another")
+        return value
 
     @field_validator("seeds")
     @classmethod

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fat_plugins.errors import CheckpointError
 from fat_plugins.recipes.checkpoint import write_atomically
+from fat_plugins.recipes.sealed import check_seal, contents_of, seal
 
 FORMAT = 1
 _KEY, _TENSOR, _ITEMS, _TUPLE = "fat_plugins_state", "$tensor", "$items", "$tuple"
@@ -64,7 +65,8 @@ def to_bytes(tree: Any) -> bytes:
     """
     tensors: dict[str, Tensor] = {}
     packed = _pack(tree, tensors, "")
-    return save_tensors(tensors, metadata={_KEY: json.dumps({"format": FORMAT, "tree": packed})})
+    text = json.dumps({"format": FORMAT, "tree": packed})
+    return save_tensors(tensors, metadata={_KEY: text, **seal(tensors, text)})
 
 
 def from_bytes(data: bytes, where: str = "training state") -> Any:
@@ -75,23 +77,35 @@ def from_bytes(data: bytes, where: str = "training state") -> Any:
     try:
         tensors = load_tensors(data)
         size = int.from_bytes(data[:8], "little")
-        text = json.loads(data[8 : 8 + size]).get("__metadata__", {}).get(_KEY)
+        metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+        text = metadata.get(_KEY)
+        if text is not None:
+            check_seal(metadata, tensors, text, where)
         found = json.loads(text) if text is not None else None
-    except (SafetensorError, ValueError, KeyError) as error:
+    except CheckpointError:
+        raise
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{where}: not a readable training state: {error}") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise CheckpointError(f"{where}: no training state of this version of fat-plugins")
-    return _unpack(found["tree"], tensors)
+    with contents_of(where):
+        return _unpack(found["tree"], tensors)
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # files
 # --------------------------------------------------------------------------------------------------------------------
+def previous_of(path: Path) -> Path:
+    """Where the file that was at ``path`` before is kept."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
 class StateFile:
     """The newest training state and the one before, which takes over should the newest be damaged."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.previous = path, path.with_name(f"{path.stem}.previous{path.suffix}")
+        self.path, self.previous = path, previous_of(path)
+        self._damaged = False
 
     def save(self, tree: Any) -> None:
         """Write to the disk, then move into place; at no moment is there no complete file.
@@ -99,7 +113,9 @@ class StateFile:
         :raises CheckpointError: it cannot be written, or holds what no file can.
         """
         data = to_bytes(tree)
-        write_atomically(self.path, lambda p: p.write_bytes(data), keep=self.previous)
+        # the good one of before must not make room for a damaged one
+        write_atomically(self.path, lambda p: p.write_bytes(data), keep=None if self._damaged else self.previous)
+        self._damaged = False
 
     def load(self, say: Callable[[str], None]) -> Any:
         """The newest readable state, ``None`` when there is no file at all.
@@ -114,13 +130,15 @@ class StateFile:
             except FileNotFoundError:
                 continue
             except OSError as problem:
-                raise CheckpointError(f"{path}: {problem.strerror or problem}") from None
+                error = error or CheckpointError(f"{path}: {problem.strerror or problem}")
+                continue
             try:
                 tree = from_bytes(data, str(path))
             except CheckpointError as problem:
                 error = error or problem
                 continue
             if error is not None:
+                self._damaged = True
                 say(f"warning: {error}; going on from the state before it")
             return tree
         if error is not None:

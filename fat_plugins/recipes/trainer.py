@@ -24,10 +24,11 @@ from fat_plugins.recipes.checkpoint import cpu_state, load_state
 from fat_plugins.recipes.data import Data
 from fat_plugins.recipes.hooks import Part
 from fat_plugins.recipes.interrupt import Interrupted, Interrupts
-from fat_plugins.recipes.optim import lr_factor, make_optimizer
+from fat_plugins.recipes.optim import check_state, lr_factor, make_optimizer
 from fat_plugins.recipes.parts import Precision
 from fat_plugins.recipes.progress import Phase, Reporter
 from fat_plugins.recipes.schema import TrainSection
+from fat_plugins.recipes.sealed import contents_of, refuse_nan
 from fat_plugins.recipes.state import Saving, random_state, seed_everything, set_random_state
 from fat_plugins.recipes.world import World
 
@@ -169,6 +170,11 @@ class Trainer:
 
         :raises CheckpointError: the state is of another model, of other parts or of another number of processes.
         """
+        with contents_of(where):
+            refuse_nan(state, where)
+            self._load(state, where)
+
+    def _load(self, state: dict[str, Any], where: str) -> None:
         if len(state["processes"]) != self.world.size:
             raise CheckpointError(
                 f"{where}: saved by {len(state['processes'])} processes, these are {self.world.size}; go on with as "
@@ -185,9 +191,12 @@ class Trainer:
         for part in self.parts:
             part.load_state_dict(state["parts"][part.name])
         self.epoch, self.step, self.before = state["epoch"], state["step"], state["before"]
+        if self.epoch not in range(self.epochs + 1) or self.step not in range(self.steps + 1):
+            raise CheckpointError(f"{where}: epoch {self.epoch}, step {self.step} is no moment of this training")
         self.records = [EpochRecord(**r) for r in state["records"]]
         own = state["processes"][self.world.rank]
         self._totals.copy_(own["totals"])
+        set_random_state(own["random"])  # used later; that it can be is found out now
         self._random, self._resumed = own["random"], True
 
     def _load_optimizer(self, state: dict[str, Any], where: str) -> None:
@@ -207,6 +216,7 @@ class Trainer:
         self.optimizer.load_state_dict(
             {"state": {numbers[name]: s for name, s in state["state"].items()}, "param_groups": groups}
         )
+        check_state(self.optimizer, where)
 
     # -- the loop ----------------------------------------------------------------------------------------------------
     def run(self) -> list[EpochRecord]:
@@ -333,7 +343,18 @@ class Trainer:
             self.saving.save(self)
 
     def _end_epoch(self, phase: Phase) -> None:
-        """Evaluate, let parts see the result, save."""
+        """Evaluate, let parts see the result, save. A signal acts while the held-out images are looked at, or waits:
+        what parts do to the model and to themselves is done whole or not at all."""
+        with self.interrupts.held():
+            record = self._evaluated_epoch()
+            phase.epoch(record)
+            self.records.append(record)
+            self.epoch, self.step, self._random = self.epoch + 1, 0, None
+            self._totals.zero_()
+            if self.saving is not None:
+                self.saving.save(self)
+
+    def _evaluated_epoch(self) -> EpochRecord:
         self.world.same_buffers(self.model)
         loss, correct, count = self.world.sum(self._totals.clone()).tolist()
         if not math.isfinite(loss):
@@ -347,21 +368,22 @@ class Trainer:
                 stack.enter_context(part.evaluated(self.model))
             if self.parts:  # which may have brought statistics of this process only
                 self.world.same_buffers(self.model)
-            anew = self.section.reestimate_norms
-            if anew is True or (anew == "auto" and has_noise(self.model)):
-                batches = self.data.calibration_loader(self.batch_size * self.world.size)
-                reestimate_batch_norms(self.model, batches, self.section.norm_batches)
-            held_out = evaluate(self.model, self.data.validation_loader(), self.world)
+            # several processes can only stop together
+            with self.interrupts.released() if self.world.size == 1 else nullcontext():
+                anew = self.section.reestimate_norms
+                if anew is True or (anew == "auto" and has_noise(self.model)):
+                    batches = self.data.calibration_loader(self.batch_size * self.world.size)
+                    reestimate_batch_norms(self.model, batches, self.section.norm_batches)
+                held_out = evaluate(self.model, self.data.validation_loader(), self.world)
+            if not math.isfinite(held_out[0]):  # the last step of the epoch may have been the one that was too large
+                raise FatPluginsError(
+                    f"{self.title}: the validation loss is {held_out[0]} after epoch {self.epoch + 1}; lower the "
+                    "learning rate"
+                )
             record = EpochRecord(self.epoch, lr, loss / count, correct / count, *held_out)
             for part in self.parts:
                 part.after_epoch(self, record)
-        phase.epoch(record)
-        with self.interrupts.held():
-            self.records.append(record)
-            self.epoch, self.step, self._random = self.epoch + 1, 0, None
-            self._totals.zero_()
-            if self.saving is not None:
-                self.saving.save(self)
+        return record
 
 
 class _OnEpoch(Part):

@@ -188,6 +188,7 @@ class Keeper(Part):
     def save(self, which: str, metrics: dict[str, Any]) -> None:
         """Write one checkpoint of the model as it is."""
         context = self.variant.context
+        context.state.require()
         progress = {
             "variant": self.variant.name,
             "seed": context.seed,
@@ -195,10 +196,12 @@ class Keeper(Part):
             "stages": len(context.recipe.training.stages),
             "epoch": metrics.get("epoch", -1) + 1,
         }
+        # first: hosts bring parameters up to date that an algorithm has taken over
+        compression_state = context.host.compression_state(self.controller)
         checkpoint = Checkpoint(
             cpu_state(self.model),
             config=self.config,
-            compression_state=context.host.compression_state(self.controller),
+            compression_state=compression_state,
             recipe=context.recipe.model_dump(mode="json"),
             progress=progress,
             metrics=metrics,

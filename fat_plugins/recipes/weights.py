@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fat_plugins.errors import CheckpointError, ConfigError, unknown
+from fat_plugins.errors import CheckpointError, ConfigError, shown, unknown
+from fat_plugins.files import is_file as is_ordinary_file
 from fat_plugins.recipes.checkpoint import check_state
 from fat_plugins.recipes.vision import torchvision
 
@@ -55,8 +55,8 @@ def read(path: Path) -> dict[str, Tensor]:
 
     :raises CheckpointError: no such file, a damaged one, or one with more than tensors in it.
     """
-    if not path.is_file():
-        raise CheckpointError(f"model.weights: no file {path}")
+    if not is_ordinary_file(path):
+        raise CheckpointError(f"model.weights: no file {shown(str(path), 300)}")
     try:
         if path.suffix not in _TORCH:
             state: Any = load_file(str(path))
@@ -64,22 +64,28 @@ def read(path: Path) -> dict[str, Tensor]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's guesses about foreign files, which an error follows
                 state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        what = [*str(error).splitlines(), "it is cut off"][0]
-        raise CheckpointError(f"model.weights: {path}: not readable: {what}") from None
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"model.weights: {path}: not a file of tensors (or it would run code when it is read): save the state dict "
             "as safetensors"
         ) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # torch's reader stumbles over damaged files in many ways
+        what = [*str(error).splitlines(), "it is cut off"][0]
+        raise CheckpointError(f"model.weights: {path}: not readable: {what}") from None
     nest = next((n for n in _NESTS if isinstance(state, dict) and isinstance(state.get(n), dict)), None)
     state = state[nest] if nest is not None else state
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not state or not all(_is_entry(*item) for item in state.items()):
         raise CheckpointError(f"model.weights: {path}: expected a state dict, names and tensors")
     for prefix in ("module.", "_orig_mod."):
         if all(k.startswith(prefix) for k in state):
             state = {k.removeprefix(prefix): v for k, v in state.items()}
     return state
+
+
+def _is_entry(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
 
 
 def head_of(model: nn.Module) -> str:

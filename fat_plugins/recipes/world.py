@@ -21,8 +21,10 @@ from fat_plugins.quantizer import broadcast_state, named_quantizers
 from fat_plugins.recipes.state import from_bytes, to_bytes
 
 DEVICES = ("auto", "cpu", "cuda")
-#: key of the store that the first process to fail sets
-_FAILED = "failed"
+#: keys of the store: how many processes have failed, and are done
+_FAILED, _DONE = "failed", "done"
+#: seconds that the first process waits, when it is done or fails, for the others to notice
+_PATIENCE = 5.0
 #: seconds between two looks for a message of the first process
 _POLL = 0.05
 
@@ -133,14 +135,40 @@ class World:
             time.sleep(_POLL)
         return json.loads(self._store.get(key))
 
-    def first_to_fail(self) -> bool:
+    def is_loss(self, error: Exception) -> bool:
+        """Whether this error says that another process does not answer any more."""
+        return isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+    def part(self) -> None:
+        """All is done: the first process, which may keep what it told the others, waits until they have read it."""
+        if self.size == 1:
+            return
+        self._store.add(_DONE, 1)
+        end = time.monotonic() + _PATIENCE
+        while self.main and self._store.add(_DONE, 0) < self.size and time.monotonic() < end:
+            time.sleep(_POLL)
+
+    def first_to_fail(self, error: Exception) -> bool:
         """Whether no other process has reported an error; the first one tells the user, the others end silently."""
         if self.size == 1:
             return True
         try:
-            return self._store.add(_FAILED, 1) == 1
-        except RuntimeError:  # the process that kept the store is gone
-            return False
+            first = self._store.add(_FAILED, 1) == 1
+            # this process may keep the store, and the others are to find the report in it
+            if self.main and not self.is_loss(error):
+                _leave_group()
+                end = time.monotonic() + _PATIENCE
+                while self._store.add(_FAILED, 0) < self.size and time.monotonic() < end:
+                    time.sleep(_POLL)
+            return first
+        except RuntimeError:  # the process that kept the store was killed, and could not tell anybody
+            return True
+
+
+def _leave_group() -> None:
+    """Whoever waits for this process in a sum gets an error."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 @contextmanager
@@ -164,7 +192,9 @@ def joined(device: str = "auto") -> Iterator[World]:
     distributed.init_process_group(
         backend, store=distributed.PrefixStore("torch", store), rank=rank, world_size=size, timeout=timedelta(hours=2)
     )
+    world = World(rank, size, chosen, distributed.PrefixStore("fat_plugins", store))
     try:
-        yield World(rank, size, chosen, distributed.PrefixStore("fat_plugins", store))
+        yield world
+        world.part()
     finally:
-        distributed.destroy_process_group()
+        _leave_group()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from fat_plugins.errors import CheckpointError, FatPluginsError
+from fat_plugins.files import MAX_RESULTS, parse_json, read_text
 from fat_plugins.mixed import algorithms_of
 from fat_plugins.placed import network_facts, parts
 from fat_plugins.quantizer import Coordinator
@@ -18,6 +18,7 @@ from fat_plugins.recipes.checkpoint import load_checkpoint
 from fat_plugins.recipes.directory import FLOAT, checkpoint_path
 from fat_plugins.recipes.loaded import load_run
 from fat_plugins.recipes.report import RunReport, VariantResult
+from fat_plugins.recipes.sealed import contents_of
 from fat_plugins.recipes.targets import TARGETS
 from fat_plugins.registry import get_algorithm
 from fat_plugins.report.data import Accuracy, Check, CheckRow, Curve, Drawing, Epoch, OverTime, ReportData
@@ -71,12 +72,9 @@ def collect(directory: Path, which: str | None = None) -> ReportData:
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    data = parse_json(read_text(path, error=CheckpointError, limit=MAX_RESULTS), str(path), CheckpointError)
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
     return data
@@ -94,6 +92,8 @@ def _read(directory: Path) -> _Run:
         for kind, path in ((OWN, root), *((BASELINE, p) for p in sorted((root / "baselines").glob("*")))):
             metrics = _json(path / "metrics.json")
             if metrics is not None:
+                with contents_of(str(path / "metrics.json")):
+                    _check(kind, metrics)
                 run.metrics.append((kind, metrics))
     if results is None and run.metrics:
         run.results = _of_whole_run(directory, run.metrics[0][1])
@@ -117,6 +117,15 @@ def _of_whole_run(directory: Path, metrics: dict[str, Any]) -> RunReport | None:
     within = directory.resolve().relative_to(root).as_posix()
     part = RunReport.from_dict(results).part(metrics.get("seed", 0), algorithm if baseline else None, within)
     return part if part.results else None
+
+
+def _check(kind: str, metrics: dict[str, Any]) -> None:
+    """Read what will be read, so that an error can name the file."""
+    alone = _Run(Path(), metrics=[(kind, metrics)])
+    _identity(alone)
+    list(_accuracy(alone, "", ""))
+    list(_curves(alone, ""))
+    _over_time(alone)
 
 
 def _identity(run: _Run) -> tuple[str, str]:

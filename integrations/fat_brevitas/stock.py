@@ -13,7 +13,7 @@ from fat_brevitas.compat import SWAPPED_EXPORT, frozen_act_quant, frozen_weight_
 from fat_brevitas.modules import Container, container_of, scale_view
 from fat_brevitas.proxies import PluginActQuantProxy, PluginWeightQuantProxy
 from fat_plugins.errors import ExportError
-from fat_plugins.forms import Form, Staircase, SumOfGrids
+from fat_plugins.forms import Form, Staircase, SumOfGrids, refuse_nonfinite
 
 #: what Brevitas or a user sets on a proxy, beside what the injector says
 _SETTINGS = ("disable_quant", "cache_inference_quant_act", "skip_create_quant_tensor")
@@ -155,6 +155,7 @@ def _frozen_act(path: str, layer: nn.Module, proxy: PluginActQuantProxy) -> nn.M
             f"{path}: the activation quantizer is not calibrated; run a training batch or Brevitas's calibration_mode "
             "first"
         )
+    refuse_nonfinite(form, path)
     container = _container(path, "activation", form)
     if form.scale.numel() > 1:
         raise ExportError(f"{path}: its activation has a scale per channel, which only works for one number of axes")

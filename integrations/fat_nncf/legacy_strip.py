@@ -14,7 +14,7 @@ from torch.ao.quantization.observer import MinMaxObserver, PerChannelMinMaxObser
 from fat_nncf.legacy_calibration import fold_weights, operand, quantized_layers
 from fat_nncf.legacy_quantizer import PluginQuantizer
 from fat_plugins.errors import HostError
-from fat_plugins.forms import Form, UniformGrid
+from fat_plugins.forms import Form, UniformGrid, refuse_nonfinite
 from fat_plugins.frozen import FrozenActivation, FrozenWeight
 
 #: name of the coordinators inside the model, so that its state dict holds their state
@@ -64,7 +64,7 @@ def to_torch(form: Form, name: str) -> nn.Module:
 def strip_in_place(model: NNCFNetwork) -> None:
     """Fold weights into the parameters, turn activation quantizers into modules without training state.
 
-    :raises QuantizationError: an activation quantizer was never calibrated, or a weight is not finite.
+    :raises QuantizationError: an activation quantizer was never calibrated, or a weight or scale is not finite.
     """
     layers = list(quantized_layers(model))
     activations = activation_quantizers(model)
@@ -74,6 +74,9 @@ def strip_in_place(model: NNCFNetwork) -> None:
         for key, quantizer in activations.items()
         if isinstance(quantizer, PluginQuantizer)
     }
+    for key, form in forms.items():
+        if form is not None:
+            refuse_nonfinite(form, activations[key].spec.name)
     folded = []
     for module, key, quantizer in layers:
         codes, form = quantizer.core.freeze(operand(module, quantizer)[0])

@@ -26,7 +26,7 @@ from fat_nncf.modern_hooks import (
     storage_of,
 )
 from fat_plugins.errors import ExportError
-from fat_plugins.forms import UniformGrid
+from fat_plugins.forms import UniformGrid, refuse_nonfinite
 from fat_plugins.frozen import FrozenActivation, FrozenWeight
 
 
@@ -122,6 +122,8 @@ def strip(model: nn.Module, do_copy: bool = True) -> nn.Module:
 
 def _strip_activation(storage: Any, hook: PluginQuantizer, slots: list[str]) -> None:
     form = hook.core.form() if hook.core.calibrated else None
+    if form is not None:
+        refuse_nonfinite(form, hook.name)
     if isinstance(form, UniformGrid) and form.bits <= 8:
         module = torch_fake_quantize(form, hook.name)
     elif form is not None:

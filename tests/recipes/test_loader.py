@@ -180,7 +180,7 @@ def test_json_config_is_found_beside_the_recipe(load, recipe_text, tmp_path, mon
         ('{"compression": 3}', "expected an object with the key 'algorithm'"),
         ('{"compression": []}', "an empty list"),
         ('{"input_info": {}}', "key 'compression'"),
-        ("{,}", "config.json:1: not JSON"),
+        ("{,}", "config.json: line 1: not JSON"),
     ],
 )
 def test_broken_json_configs(load, recipe_text, tmp_path, text, expected):
@@ -190,7 +190,7 @@ def test_broken_json_configs(load, recipe_text, tmp_path, text, expected):
 
 
 def test_missing_json_config(load, recipe_text):
-    assert "config.json: No such file" in failure(load, with_json(recipe_text))
+    assert "compression: no file" in failure(load, with_json(recipe_text))
 
 
 # -- bit progressions and baselines ----------------------------------------------------------------------------------

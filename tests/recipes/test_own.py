@@ -106,7 +106,7 @@ def test_model_of_a_function(module):
         ("users_own_code:data", {"wrong": "list"}, "returned list, expected a dictionary"),
         ("users_own_code:data", {"wrong": "key"}, "unknown entry 'tset'"),
         ("users_own_code:data", {"wrong": "none"}, "returned no 'test'"),
-        ("users_own_code:data", {"wrong": "bytes"}, "are torch.uint8, expected float32"),
+        ("users_own_code:data", {"wrong": "bytes"}, "the images are torch.uint8 (2, 6, 6), expected float32"),
     ],
 )
 def test_mistakes_are_one_line(module, factory, options, expected):

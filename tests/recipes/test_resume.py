@@ -202,7 +202,7 @@ def test_damaged_results_are_one_line(load, tmp_path):
     with pytest.raises(Killed), cut_at(4):
         train(load(SMALL), tmp_path / "run")
     (tmp_path / "run" / "state" / "run.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"run\.json: not readable"):
+    with pytest.raises(CheckpointError, match=r"run\.json: line 1: not JSON"):
         train(load(SMALL), tmp_path / "run", options=Options(resume=True))
 
 

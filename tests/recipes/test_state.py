@@ -125,7 +125,7 @@ def test_file_is_on_the_disk_before_it_is_moved(tmp_path, monkeypatch):
             checkpoint_module.os, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1]
         )
     StateFile(tmp_path / "training.safetensors").save({})
-    assert calls == ["fsync", "replace"]
+    assert calls == ["fsync", "replace", "fsync"]  # the file, then the name in its directory
 
 
 # -- random numbers --------------------------------------------------------------------------------------------------
