@@ -77,6 +77,7 @@ class Child:
     ) -> None:
         self.args, self.blow = args, blow
         self.output, self.counter = folder / f"output{name}.txt", folder / f"writes{name}.txt"
+        self.output.write_text("")  # it may be struck before it opens the file
         self.start = time.monotonic()
         self.number = os.fork()
         if self.number == 0:
