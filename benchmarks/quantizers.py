@@ -70,9 +70,13 @@ class Candidate(NamedTuple):
     backend: tuple[str, str] | None = None
 
 
-def ours(setting: Setting, x: torch.Tensor, bits: int, backends: list[str]) -> Iterator[tuple[str, Candidate]]:
+def ours(
+    setting: Setting, x: torch.Tensor, bits: int, backends: list[str], names: list[str] | None = None
+) -> Iterator[tuple[str, Candidate]]:
     """Every algorithm that has the granularity, at its width nearest to ``bits``."""
     for name, algorithm in algorithms().items():
+        if names and name not in names:
+            continue
         low, high = getattr(algorithm, f"{setting.role}_bits")
         own = min(max(bits, low), high)
         shape = setting.shape if setting.role == "weight" else ()
@@ -172,7 +176,7 @@ def measure(setting: Setting, args: argparse.Namespace) -> list[Row]:
     torch.manual_seed(0)
     x = torch.randn(setting.shape, device=args.device) * (0.05 if setting.role == "weight" else 1.0)
     x = (x if setting.role == "weight" else x.relu()).to(DTYPES[setting.dtype])
-    found = {} if args.scripted else dict(ours(setting, x, args.bits, args.backends))
+    found = {} if args.scripted else dict(ours(setting, x, args.bits, args.backends, args.algorithms))
     for other in args.others:
         found |= dict(OTHERS[other](setting, x, args.bits))
     leaf, grad = x.clone().requires_grad_(), torch.randn_like(x)
@@ -249,6 +253,7 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs="+", help="this shape only")
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=None)
     parser.add_argument("--bits", type=int, default=4, help="or the nearest that an algorithm has")
+    parser.add_argument("--algorithms", nargs="+", choices=list(algorithms()), help="default: all")
     parser.add_argument("--repeats", type=int, default=None)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--backends", nargs="+", choices=["eager", "compile"], default=None)
