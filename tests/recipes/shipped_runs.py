@@ -48,8 +48,9 @@ THIN = 8
 
 
 def of_host(host: str) -> list[str]:
-    """Recipes for a host."""
-    return [name for name in NAMES if load_recipe(name).host == host]
+    """Recipes for a host; those that need torchvision only where it is."""
+    within_reach = (name for name in NAMES if HAS_VISION or not name.startswith("imagenet"))
+    return [name for name in within_reach if load_recipe(name).host == host]
 
 
 def only_trained(folder: str) -> list[str]:
