@@ -249,7 +249,7 @@ def read_config(path: str | Path) -> Any:
 
     :raises ConfigError: the file cannot be read, is larger than a megabyte or not JSON; a key stands in it twice.
     """
-    where = f"config {shown(str(path))}"
+    where = f"config {shown(str(path), 300)}"
     return parse_json(_TRAILING_COMMA.sub(_blank, _COMMENT.sub(_blank, read_text(Path(path), where))), where)
 
 

@@ -359,17 +359,19 @@ class _Gate(torch.autograd.Function):
         spectrum, transform, gate = ctx.saved_tensors
         n = ctx.count
         with torch.autocast(grad.device.type, enabled=False):
-            wave = torch.fft.rfft(grad, dim=1)
+            # the one over n comes first: gradients of huge weights overflow otherwise
+            wave = torch.fft.rfft(grad, dim=1, norm="forward")
             # every frequency but the first, and the last of an even length, stands for two of the full spectrum
             twice = torch.full_like(gate[0], 2.0)
             twice[:1].fill_(1.0)
             if n % 2 == 0:
                 twice[-1:].fill_(1.0)
-            by_gate = torch.view_as_real(spectrum).mul(torch.view_as_real(wave)).sum(-1).mul_(twice / n)
+            by_gate = torch.view_as_real(spectrum).mul(torch.view_as_real(wave)).sum(-1).mul_(twice)
             by_mixed = by_gate.mul_(gate).mul_(1 - gate)
             by_transform = by_mixed @ spectrum.abs().T if ctx.needs_input_grad[1] else None
-            by_magnitude = (transform.T @ by_mixed).mul_(n / twice)
-            by_rows = torch.fft.irfft(wave.mul_(gate).add_(torch.sgn(spectrum).mul_(by_magnitude)), n=n, dim=1)
+            by_magnitude = (transform.T @ by_mixed).div_(twice)
+            moved = wave.mul_(gate).add_(torch.sgn(spectrum).mul_(by_magnitude))
+            by_rows = torch.fft.irfft(moved, n=n, dim=1, norm="forward")
         return by_rows, by_transform
 
 

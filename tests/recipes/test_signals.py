@@ -1,12 +1,14 @@
 """The command line under SIGKILL, Ctrl-C and SIGTERM; its logs."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import plain_net
 import pytest
@@ -77,7 +79,7 @@ def test_killed_run_goes_on_exactly(folder):
     process.kill()
     process.communicate(timeout=TIMEOUT)
     assert process.returncode == -signal.SIGKILL
-    assert Path("run/state/training.safetensors").exists()
+    assert list(Path("run/state").glob("training*.safetensors"))  # the newest may be on its way
     assert call("recipe.yaml", "-o", "run", "--resume").exit_code == OK
     assert call("recipe.yaml", "-o", "whole").exit_code == OK
     assert_same_run(folder / "whole", folder / "run")
@@ -153,7 +155,8 @@ def test_json_lines_hold_every_epoch(folder):
 
 
 def test_log_of_a_failure_ends_with_it(folder, monkeypatch):
-    monkeypatch.setattr("fat_plugins.recipes.trainer.math.isfinite", lambda value: False)
+    patched = SimpleNamespace(**{**vars(math), "isfinite": lambda value: False})
+    monkeypatch.setattr("fat_plugins.recipes.trainer.math", patched)  # others read numbers with it
     result = call("recipe.yaml", "-o", "run", "--log-json", "log.jsonl")
     assert result.exit_code == BAD_INPUT
     assert (events_of("log.jsonl")[-1]["event"], events_of("log.jsonl")[-1]["status"]) == ("end", "failed")
