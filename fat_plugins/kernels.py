@@ -85,6 +85,16 @@ def wide(x: Tensor) -> Tensor:
     return x.to(_wide_dtype(x.dtype))
 
 
+def no_view(x: Tensor) -> Tensor:
+    """The same memory in a tensor that is no view of ``x``, for custom functions to return.
+
+    Autograd lets nobody change a view or an input that such a function returns, as ``out += shortcut`` does.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return x.view_as(x)
+    return x.new_empty(0).set_(x.detach())
+
+
 def total(terms: Tensor, scale: Tensor) -> Tensor:
     """Sum of ``terms`` over everything that shares one element of ``scale``, in the shape of ``scale``."""
     return terms.sum_to_size(scale.shape)
@@ -146,9 +156,8 @@ class _Place:
     """Tensors as they lie in memory, whatever their layout is called: 1-d, or with a scale per channel as (channels,
     inner) or (outer, channels, inner)."""
 
-    def __init__(self, order: Sequence[int], sizes: Sequence[int], shape: tuple[int, ...]) -> None:
-        self.order, self.sizes, self.shape = order, sizes, shape
-        self.back = sorted(range(len(order)), key=order.__getitem__)
+    def __init__(self, order: Sequence[int], shape: tuple[int, ...]) -> None:
+        self.order, self.shape = order, shape
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], scales: Sequence[Tensor]) -> _Place | None:
@@ -164,22 +173,24 @@ class _Place:
         sizes = [x.shape[d] for d in order]
         rows = {s.shape for s in scales if s.numel() != 1}
         if not rows:
-            return cls(order, sizes, (x.numel(),))
+            return cls(order, (x.numel(),))
         shape = rows.pop()
         axes = [x.ndim - len(shape) + i for i, n in enumerate(shape) if n > 1]
         if rows or len(axes) != 1 or axes[0] < 0 or x.shape[axes[0]] != max(shape):
             return None
         at = order.index(axes[0])
         outer, inner = math.prod(sizes[:at]), math.prod(sizes[at + 1 :])
-        return cls(order, sizes, (max(shape), inner) if outer == 1 else (outer, max(shape), inner))
+        return cls(order, (max(shape), inner) if outer == 1 else (outer, max(shape), inner))
 
     def view(self, x: Tensor) -> Tensor:
         """The tensor in the shape of this place, a copy where it lies otherwise."""
         return x.detach().permute(list(self.order)).reshape(self.shape)
 
-    def restore(self, values: Tensor) -> Tensor:
-        """Inverse of :meth:`view`."""
-        return values.reshape(self.sizes).permute(self.back)
+    def restore(self, values: Tensor, like: Tensor) -> Tensor:
+        """Inverse of :meth:`view`, for values that lie as ``like`` does. No view: see :func:`no_view`."""
+        values = values.contiguous()
+        out = values.new_empty(0)
+        return out.set_(values.untyped_storage(), values.storage_offset(), like.shape, like.stride())
 
     def scales(self, scales: Sequence[Tensor]) -> list[Tensor]:
         """The scales so that they broadcast."""
@@ -221,7 +232,8 @@ def row_blocks(x: Tensor) -> list[slice]:
 def _in_blocks(fn: Kernel, tensors, scales, args, values: bool, place: _Place, size: int):
     x = tensors[0]
     seen, rows = [place.view(t) for t in tensors], place.scales(scales)
-    out = place.view(torch.empty_like(x)) if values else None
+    result = torch.empty_like(x) if values else None
+    out = place.view(result) if values else None
     direct = _wide_dtype(x.dtype) == x.dtype
     sums: list[Tensor] = []
     for index, those in _blocks(place.shape, size):
@@ -235,7 +247,7 @@ def _in_blocks(fn: Kernel, tensors, scales, args, values: bool, place: _Place, s
             sums = [t.new_zeros(s, dtype=torch.float64) for t, s in zip(terms, shapes, strict=True)]
         for sum_, term in zip(sums, terms, strict=True):
             (sum_ if those is None else sum_[those]).add_(term)
-    return place.restore(out) if values else None, tuple(s.to(t.dtype) for s, t in zip(sums, terms, strict=True))
+    return result, tuple(s.to(t.dtype) for s, t in zip(sums, terms, strict=True))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -272,4 +284,4 @@ def _fused(fn: Kernel, tensors, scales, args, place: _Place):
             stacklevel=2,
         )
         return None
-    return out if out is None else place.restore(out.to(tensors[0].dtype)), sums
+    return out if out is None else place.restore(out.to(tensors[0].dtype), tensors[0]), sums

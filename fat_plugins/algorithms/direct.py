@@ -31,7 +31,7 @@ from fat_plugins.errors import ConfigError
 from fat_plugins.figures import Figure
 from fat_plugins.forms import Codebook, Form, Staircase, SumOfGrids, UniformGrid
 from fat_plugins.functional import fake_quantize, level_quantize, wide
-from fat_plugins.kernels import evaluate, row_blocks
+from fat_plugins.kernels import evaluate, no_view, row_blocks
 from fat_plugins.quantizer import ActivationQuantizer, FrozenTensor, Params, TensorSpec, WeightQuantizer
 from fat_plugins.registry import Algorithm
 
@@ -265,7 +265,7 @@ class _ClippedStraight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, value: Tensor, bottom: Tensor | None, top: Tensor) -> Tensor:
         ctx.save_for_backward(x, bottom, top)
-        return value.view_as(value)
+        return no_view(value)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

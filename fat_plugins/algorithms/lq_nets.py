@@ -19,6 +19,7 @@ from fat_plugins.algorithms.direct import DirectActivation, DirectParams
 from fat_plugins.figures import Figure
 from fat_plugins.forms import Codebook, Form, SumOfGrids, UniformGrid
 from fat_plugins.functional import fake_quantize, wide
+from fat_plugins.kernels import no_view
 from fat_plugins.quantizer import FrozenTensor, Params, TensorSpec, WeightQuantizer
 from fat_plugins.registry import Algorithm
 
@@ -48,7 +49,7 @@ class _Straight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, value: Tensor) -> Tensor:
-        return value.view_as(value)
+        return no_view(value)
 
     @staticmethod
     def backward(ctx, grad: Tensor):

@@ -24,7 +24,7 @@ from fat_plugins.errors import ConfigError
 from fat_plugins.figures import Figure
 from fat_plugins.forms import Codebook, Form, Staircase, UniformGrid
 from fat_plugins.functional import level_index, positive, uniform_codes, wide
-from fat_plugins.kernels import evaluate, total
+from fat_plugins.kernels import evaluate, no_view, total
 from fat_plugins.quantizer import ActivationQuantizer, FrozenTensor, Params, Progress, TensorSpec, WeightQuantizer
 from fat_plugins.registry import Algorithm
 
@@ -248,7 +248,7 @@ class _SoftStaircase(torch.autograd.Function):
         ctx.args = (steps, low, t1)
         ctx.tied, ctx.still = tied, still
         if hard is not None:
-            return hard.view_as(hard)
+            return no_view(hard)
         return _run(_soft, (x,), alpha, beta, (b, temperature, steps, low))[0]
 
     @staticmethod
@@ -272,7 +272,7 @@ class _Idle(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *parameters):
         ctx.save_for_backward(*parameters)
-        return x.view_as(x)
+        return x.clone()  # a view could not be changed in place, as residual networks do
 
     @staticmethod
     def backward(ctx, grad):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fat_plugins.algorithms._rq import GridActivation, GridWeight, cell, draw_seed, log_raw, position
 from fat_plugins.functional import fake_quantize, grad_scale, wide
-from fat_plugins.kernels import Kernel, evaluate
+from fat_plugins.kernels import Kernel, evaluate, no_view
 from fat_plugins.quantizer import Params, Progress, TensorSpec
 from fat_plugins.registry import Algorithm
 
@@ -192,7 +192,7 @@ class _Also(torch.autograd.Function):
     @staticmethod
     def forward(ctx, out, parameter):
         ctx.save_for_backward(parameter)
-        return out.view_as(out)
+        return no_view(out)
 
     @staticmethod
     def backward(ctx, grad):

@@ -337,3 +337,25 @@ def test_sums_of_many_blocks_are_exact_to_float32():
 def test_negative_blocks_are_refused():
     with pytest.raises(ConfigError, match="block: -1; allowed"):
         set_backend("eager", block=-1)
+
+
+WAYS = {"plain": ("eager", "inductor", 0), "blocks": ("eager", "inductor", 7), "compiled": ("compile", "eager", None)}
+
+
+@pytest.mark.parametrize("mode", ["waiting", "training", "evaluation"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", cases("activation", bits=(3,)), ids=str)
+def test_outputs_may_be_changed_in_place(case, way, mode):
+    """As ``out += shortcut`` does in residual networks."""
+    quantizer, x = trained(case)
+    quantizer.train(mode != "evaluation")
+    if mode == "waiting":  # for other quantizers to learn first
+        quantizer.on_progress(Progress(total_steps=20, total_epochs=10))
+    set_backend(*WAYS[way])
+    for layout in (torch.contiguous_format, torch.channels_last):
+        leaf = x.clone(memory_format=layout).requires_grad_()
+        out = quantizer(leaf * 1)
+        expected = out.detach() + 1
+        out += torch.ones_like(leaf)
+        assert torch.equal(out.detach(), expected) and out.stride() == leaf.stride()
+        out.sum().backward()

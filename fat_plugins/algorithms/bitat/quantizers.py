@@ -119,7 +119,7 @@ class _Hold(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, parameter):
         ctx.shape, ctx.options = parameter.shape, {"dtype": parameter.dtype, "device": parameter.device}
-        return x.view_as(x)
+        return x.clone()  # a view could not be changed in place, as residual networks do
 
     @staticmethod
     def backward(ctx, grad):
