@@ -130,6 +130,23 @@ def grow(algorithms: list[str], repeats: int) -> list[dict[str, Any]]:
     return [row(*plan, algorithm, repeats) for algorithm in algorithms for plan in plans]
 
 
+def tables(imports: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = ["| import | over | time, ratio |", "|---|---|---:|"]
+    lines += [f"| {r['import']} | {r['over']} | {r['ratio']:.2f} |" for r in imports]
+    lines += [
+        "",
+        "| algorithm | layers | parameters | bits | compressing / NNCF | step / float | kept bytes / float |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r['algorithm']} | {r['layers']} | {r['parameters']:,} | {r['bits']} | {r['compress']:.2f} "
+            f"| {r['step']:.2f} | {r['saved']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algorithms", nargs="+", default=["lsq", "fat", "dropbits"])
@@ -137,19 +154,8 @@ def main() -> None:
     parser.add_argument("--json", help="also write the numbers to this file")
     args = parser.parse_args()
     imports = import_times(max(args.repeats // 3, 3))
-    print("| import | over | time, ratio |\n|---|---|---|")
-    for r in imports:
-        print(f"| {r['import']} | {r['over']} | {r['ratio']:.2f} |")
-    print(
-        "\n| algorithm | layers | parameters | bits | compressing over `nncf.quantize` | step over float | saved bytes "
-        "over float |\n|---|---|---|---|---|---|---|"
-    )
     rows = grow(args.algorithms, args.repeats)
-    for r in rows:
-        print(
-            f"| {r['algorithm']} | {r['layers']} | {r['parameters']} | {r['bits']} | {r['compress']:.2f} "
-            f"| {r['step']:.2f} | {r['saved']:.2f} |"
-        )
+    print(tables(imports, rows))
     write_json(args.json, {"args": vars(args), "imports": imports, "growth": rows})
 
 
