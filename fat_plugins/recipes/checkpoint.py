@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from fat_plugins.errors import CheckpointError, FatPluginsError, nearest, shown
 from fat_plugins.files import is_file
 from fat_plugins.quantizer import Coordinator, Quantizer
-from fat_plugins.recipes.sealed import check_seal, seal
+from fat_plugins.recipes.sealed import check_seal, sealed
 
 FORMAT = 1
 _KEY = "fat_plugins"
@@ -144,7 +143,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         text = json.dumps({"format": FORMAT, **description})
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"cannot write {path}: its description is not JSON: {error}") from None
-    data = save(checkpoint.state, metadata={_KEY: text, **seal(checkpoint.state, text)})
+    data = sealed(checkpoint.state, _KEY, text)
     write_atomically(path, lambda p: p.write_bytes(data))
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from fat_plugins.errors import CheckpointError, FatPluginsError, one_line
@@ -25,9 +27,18 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
     return found.hexdigest()
 
 
-def seal(tensors: Mapping[str, Tensor], text: str) -> dict[str, str]:
-    """Metadata for a file with these tensors and this description."""
-    return {_KEY: _digest(tensors, text)}
+def sealed(tensors: Mapping[str, Tensor], key: str, text: str) -> bytes:
+    """A safetensors file with these tensors, the description ``text`` under ``key``, and the digest of both.
+
+    Equal contents give equal bytes: safetensors itself writes metadata in an order that changes from call to call.
+    """
+    data = save(dict(tensors), metadata={key: text})
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = {key: text, _KEY: _digest(tensors, text)}
+    lines = json.dumps(header, separators=(",", ":")).encode()
+    lines += b" " * (-len(lines) % 8)  # the tensors stay aligned
+    return b"".join((len(lines).to_bytes(8, "little"), lines, data[8 + size :]))
 
 
 def check_seal(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], text: str, where: str) -> None:

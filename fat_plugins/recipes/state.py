@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from fat_plugins.errors import CheckpointError
 from fat_plugins.recipes.checkpoint import write_atomically
-from fat_plugins.recipes.sealed import check_seal, contents_of, seal
+from fat_plugins.recipes.sealed import check_seal, contents_of, sealed
 
 FORMAT = 1
 _KEY, _TENSOR, _ITEMS, _TUPLE = "fat_plugins_state", "$tensor", "$items", "$tuple"
@@ -66,7 +65,7 @@ def to_bytes(tree: Any) -> bytes:
     tensors: dict[str, Tensor] = {}
     packed = _pack(tree, tensors, "")
     text = json.dumps({"format": FORMAT, "tree": packed})
-    return save_tensors(tensors, metadata={_KEY: text, **seal(tensors, text)})
+    return sealed(tensors, _KEY, text)
 
 
 def from_bytes(data: bytes, where: str = "training state") -> Any:

@@ -177,3 +177,13 @@ def test_fitting_entries_are_taken_others_left(saved):
     missing = load_fitting(other, state)
     assert torch.equal(other[0].weight, state["0.weight"])
     assert missing == ["1.weight", "1.bias", "1.running_mean", "1.running_var", "2.weight", "2.bias"]
+
+
+def test_equal_checkpoints_are_equal_bytes():
+    from fat_plugins.recipes.sealed import sealed
+
+    tensors = {"a": torch.arange(5.0), "b": torch.zeros(2, 3, dtype=torch.int64), "c": torch.ones((), dtype=torch.bool)}
+    assert len({sealed(tensors, "about", "{}") for _ in range(8)}) == 1
+    from safetensors.torch import load
+
+    assert all(torch.equal(v, tensors[k]) for k, v in load(sealed(tensors, "about", "\u00e9 \\ \u20ac")).items())
