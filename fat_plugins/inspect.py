@@ -10,12 +10,9 @@ import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor, nn
 
 from fat_plugins.errors import QuantizationError
@@ -24,6 +21,9 @@ from fat_plugins.frozen import FrozenActivation, FrozenWeight
 from fat_plugins.measure import code_count, cosine, error_of, packed_bytes, scale_text, sqnr_text
 from fat_plugins.placed import float_weights, network_facts
 from fat_plugins.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer, named_quantizers
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 #: columns of a table printed as text
 _WIDTH = 200
@@ -43,6 +43,10 @@ class _Shown:
 
     def __rich__(self) -> Table:
         header, rows = self._cells()
+        # here, since the import draws from Python's random numbers
+        from rich.markup import escape
+        from rich.table import Table
+
         caption = escape("\n".join(self._notes())) or None
         table = Table(title=escape(self._title()), title_justify="left", caption=caption, caption_justify="left")
         for i, name in enumerate(header):
@@ -52,6 +56,8 @@ class _Shown:
         return table
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(file=io.StringIO(), width=_WIDTH)
         console.print(self.__rich__())
         return console.file.getvalue().rstrip("\n")

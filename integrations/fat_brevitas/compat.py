@@ -34,10 +34,10 @@ def brevitas_version() -> tuple[int, ...]:
 
 VERSION = brevitas_version()
 
-if not hasattr(torch.Tensor, "rename"):
+if VERSION < (0, 13, 1) and not hasattr(torch.Tensor, "rename"):
     # named tensors left torch in 2.13; Brevitas up to 0.13.0 calls this on every input, only to drop the names
     torch.Tensor.rename = lambda self, *names, **renames: self
-if not hasattr(torch.fx.Node, "_Node__update_args_kwargs"):
+if VERSION < (0, 12) and not hasattr(torch.fx.Node, "_Node__update_args_kwargs"):
     # newer torch dropped the mangled name, by which Brevitas up to 0.11 calls it when it rewires a graph
     torch.fx.Node._Node__update_args_kwargs = lambda self, *arguments: self._update_args_kwargs(*arguments)
 
