@@ -4,13 +4,23 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
-from conftest import HOSTS
 
-HERE = Path(__file__).parent
+
+def installed():
+    """``nncf2`` or ``nncf3``, and ``brevitas``."""
+    for package in ("nncf", "brevitas"):
+        try:
+            text = version(package)
+        except PackageNotFoundError:
+            continue
+        yield f"nncf{text.split('.')[0]}" if package == "nncf" else package
+
+
+HERE, HOSTS = Path(__file__).parent, tuple(installed())
 HOST = {"nncf2": "fat_nncf", "nncf3": "fat_nncf", "brevitas": "fat_brevitas"}
 # NNCF 2 wraps torch's functions when its part for torch is imported, which comes with ours: no import to compare with
 BEFORE = {"nncf3": "nncf.torch", "brevitas": "brevitas.nn"}
