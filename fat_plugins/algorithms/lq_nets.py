@@ -112,10 +112,9 @@ class LQNetsWeight(WeightQuantizer):
         """Step of the 8-bit grid under the highest level (columns)."""
         return self._values().abs().sum(0) / 127
 
-    @torch.no_grad()
     def quantize(self, weight: Tensor) -> Tensor:
         """Section 3 with the basis as it was; then, in training, the basis follows the weight."""
-        with torch.autocast(weight.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             rows = wide(self._rows(weight.detach()))
             planes = self._planes(rows)
             total = self._sum(planes)
@@ -125,8 +124,7 @@ class LQNetsWeight(WeightQuantizer):
                 self._follow(rows, planes)
             # NaN has no code, and must stay visible
             value = self._shaped(torch.where(torch.isnan(rows), rows, total), weight).to(weight.dtype)
-        with torch.enable_grad():
-            return _Straight.apply(weight, value)
+        return _Straight.apply(weight, value)
 
     def _follow(self, rows: Tensor, planes: Tensor) -> None:
         """One step of section 3: ``(B^T B + d I)^-1 (B^T x + d v)``, entered with a tenth."""

@@ -106,3 +106,12 @@ def test_sparsity_is_refused():
     case = Case("lq_nets", 0, 2, "weight")
     with pytest.raises(QuantizationError, match="no zero"):
         case.make(keep_zeros=True)
+
+
+def test_without_gradient_there_is_no_graph():
+    quantizer = weight()
+    w = sample(CONV.shape).requires_grad_()
+    quantizer.calibrate(w)
+    with torch.no_grad():
+        assert not quantizer.train()(w).requires_grad
+    assert quantizer(w).requires_grad

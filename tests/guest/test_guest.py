@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -32,7 +33,8 @@ def run(program, *args, code=None):
     command = [sys.executable, "-W", "ignore", *(["-c", code] if code else [str(HERE / program)]), *args]
     # NNCF from 2.17 on wants to be told
     environment = {**os.environ, "NNCF_TORCH_LEGACY_TRACING": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    with TemporaryDirectory() as folder:  # NNCF 2 writes its graphs to the current one
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.strip().splitlines()[-1]
 
