@@ -6,6 +6,7 @@ from fat_plugins.errors import CheckpointError, ConfigError, ExportError, FatPlu
 from fat_plugins.figures import Figure
 from fat_plugins.inspect import compare, summary
 from fat_plugins.kernels import get_backend, set_backend
+from fat_plugins.network import named_quantizers, param_groups, regularization, set_progress
 from fat_plugins.norms import reestimate_batch_norms
 from fat_plugins.quantizer import (
     ActivationQuantizer,
@@ -14,10 +15,6 @@ from fat_plugins.quantizer import (
     Quantizer,
     TensorSpec,
     WeightQuantizer,
-    named_quantizers,
-    param_groups,
-    regularization,
-    set_progress,
 )
 from fat_plugins.registry import Algorithm, algorithms, get_algorithm
 from fat_plugins.reuse import accumulate, get_weight_cache, set_weight_cache

@@ -19,8 +19,9 @@ from fat_plugins.errors import QuantizationError
 from fat_plugins.forms import Form, form_kind
 from fat_plugins.frozen import FrozenActivation, FrozenWeight
 from fat_plugins.measure import code_count, cosine, error_of, packed_bytes, scale_text, sqnr_text
+from fat_plugins.network import named_quantizers
 from fat_plugins.placed import float_weights, network_facts
-from fat_plugins.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer, named_quantizers
+from fat_plugins.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
 
 if TYPE_CHECKING:
     from rich.table import Table

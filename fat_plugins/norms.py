@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fat_plugins.errors import ConfigError
-from fat_plugins.quantizer import named_quantizers
+from fat_plugins.network import named_quantizers
 
 
 def _move(value: Any, device: torch.device) -> Any:

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fat_plugins.network import coordinators, named_quantizers
 from fat_plugins.quantizer import (
     Coordinator,
     FrozenTensor,
     Quantizer,
     WeightQuantizer,
-    coordinators,
-    named_quantizers,
 )
 
 #: from a model to its weight quantizers with the weights as they reach them: behind masks, in evaluation mode

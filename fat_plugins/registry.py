@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-from functools import cache
-from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
 from pydantic import ValidationError
 
-from fat_plugins.errors import ConfigError, unknown
+from fat_plugins.errors import ConfigError
 from fat_plugins.explain import explain
+from fat_plugins.plugins import load_group, named
 from fat_plugins.quantizer import (
     ActivationQuantizer,
     Coordinator,
@@ -124,29 +122,9 @@ class Algorithm:
         return cls.coordinator(layers) if cls.coordinator else None
 
 
-@cache
 def _load() -> tuple[dict[str, type[Algorithm]], dict[str, str]]:
     """Usable algorithms by name, and why the others are not."""
-    found: dict[str, type[Algorithm]] = {}
-    broken: dict[str, str] = {}
-    for point in sorted(entry_points(group=GROUP), key=lambda p: p.name):
-        where = f"entry point {point.name} = {point.value}"
-        try:
-            algorithm = point.load()
-        except Exception as error:  # somebody else's package: it must not take the others down
-            broken[point.name] = f"{where} cannot be loaded: {type(error).__name__}: {error}"
-            continue
-        if not (isinstance(algorithm, type) and issubclass(algorithm, Algorithm)):
-            broken[point.name] = f"{where} is not a fat_plugins Algorithm"
-        elif algorithm.name != point.name:
-            broken[point.name] = f"{where} calls itself '{algorithm.name}'"
-        elif found.get(point.name, algorithm) is not algorithm:
-            broken[point.name] = f"{where}: another installed package has an algorithm of this name"
-        else:
-            found[point.name] = algorithm
-    for name, reason in broken.items():
-        found.pop(name, None)
-        warnings.warn(f"algorithm '{name}' is left out: {reason}", RuntimeWarning, stacklevel=3)
+    found, broken = load_group(GROUP, Algorithm, "algorithm")
     if not found:
         raise ConfigError("no algorithms found: install the package (pip install -e .) so that its entry points exist")
     return found, broken
@@ -154,7 +132,7 @@ def _load() -> tuple[dict[str, type[Algorithm]], dict[str, str]]:
 
 def refresh() -> None:
     """Look for entry points again (packages installed since the first use)."""
-    _load.cache_clear()
+    load_group.cache_clear()
 
 
 def algorithms() -> dict[str, type[Algorithm]]:
@@ -167,12 +145,7 @@ def get_algorithm(name: str) -> type[Algorithm]:
 
     :raises ConfigError: unknown name, with the nearest valid one, or an algorithm that cannot be loaded.
     """
-    known, broken = _load()
-    if name in broken:
-        raise ConfigError(f"algorithm '{name}': {broken[name]}")
-    if name not in known:
-        raise ConfigError(unknown("algorithm", name, known))
-    return known[name]
+    return named(_load(), "algorithm", name)
 
 
 def make_quantizer(algorithm: str, spec: TensorSpec, params: dict | None = None):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fat_plugins.errors import ExportError
 from fat_plugins.forms import Staircase
 from fat_plugins.frozen import frozen_modules
-from fat_plugins.quantizer import named_quantizers
+from fat_plugins.network import named_quantizers
 
 #: buffers of batch norms
 _STATISTICS = ("running_mean", "running_var")

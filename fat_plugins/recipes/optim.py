@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fat_plugins.errors import CheckpointError, ConfigError, shown, unknown
-from fat_plugins.quantizer import param_groups
+from fat_plugins.network import param_groups
 
 if TYPE_CHECKING:
     from fat_plugins.recipes.schema import OptimizerSection, ScheduleSection

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fat_plugins.quantizer import named_quantizers
+from fat_plugins.network import named_quantizers
 from fat_plugins.recipes.checkpoint import Checkpoint, cpu_state, load_fitting, save_checkpoint
 from fat_plugins.recipes.data import Data
 from fat_plugins.recipes.directory import BEST, LAST, checkpoint_path

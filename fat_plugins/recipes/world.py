@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fat_plugins.errors import ConfigError, FatPluginsError
-from fat_plugins.quantizer import broadcast_state, named_quantizers
+from fat_plugins.network import broadcast_state, named_quantizers
 from fat_plugins.recipes.state import from_bytes, to_bytes
 
 DEVICES = ("auto", "cpu", "cuda")

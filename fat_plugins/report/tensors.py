@@ -11,8 +11,9 @@ from fat_plugins.forms import Form, Staircase, SumOfGrids, UniformGrid, form_kin
 from fat_plugins.frozen import FrozenActivation, FrozenWeight, frozen_modules
 from fat_plugins.functional import per_channel_view
 from fat_plugins.measure import code_count, error_of, packed_bytes
+from fat_plugins.network import named_quantizers
 from fat_plugins.placed import float_weights
-from fat_plugins.quantizer import Quantizer, WeightQuantizer, named_quantizers
+from fat_plugins.quantizer import Quantizer, WeightQuantizer
 from fat_plugins.report.data import Codes, Histogram, Totals
 from fat_plugins.report.data import Tensor as Row
 from fat_plugins.report.trace import Costs, trace

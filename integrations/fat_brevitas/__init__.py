@@ -27,7 +27,7 @@ from fat_brevitas.model import quantize, rebuild
 from fat_brevitas.stock import freeze
 from fat_brevitas.training import QuantizationCallback, regularization, set_progress
 from fat_plugins.errors import nearest
-from fat_plugins.quantizer import param_groups
+from fat_plugins.network import param_groups
 
 __all__ = [
     "BREVITAS_VERSION",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fat_brevitas.coordinators import attach_by_hand
 from fat_brevitas.training import regularization, set_progress
 from fat_plugins.errors import CheckpointError, HostError
-from fat_plugins.quantizer import named_quantizers
+from fat_plugins.network import named_quantizers
 
 
 class Scheduler:

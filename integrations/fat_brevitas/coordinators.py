@@ -23,7 +23,8 @@ from fat_brevitas.calibration import (
 )
 from fat_brevitas.modules import ActTensorQuant, WeightTensorQuant
 from fat_plugins.errors import HostError
-from fat_plugins.quantizer import LayerQuantizers, Quantizer, coordinators, named_quantizers
+from fat_plugins.network import coordinators, named_quantizers
+from fat_plugins.quantizer import LayerQuantizers, Quantizer
 from fat_plugins.registry import get_algorithm
 
 #: module that holds coordinators, so that state dicts have them

@@ -26,7 +26,7 @@ from fat_brevitas.config import Plan, parse_config
 from fat_brevitas.coordinators import COORDINATORS, attach, layers_of_graph
 from fat_brevitas.placement import Placement, detach_pruned, install, trace
 from fat_plugins.errors import CheckpointError, ConfigError, HostError
-from fat_plugins.quantizer import coordinators, named_quantizers
+from fat_plugins.network import coordinators, named_quantizers
 from fat_plugins.scopes import as_list
 
 _FORMAT = 1

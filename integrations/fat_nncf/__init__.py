@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from fat_nncf.versions import generation
-from fat_plugins.quantizer import param_groups
+from fat_plugins.network import param_groups
 
 #: 2 (NNCF's own create_compressed_model and JSON config) or 3 (function hooks)
 GENERATION = generation()

@@ -17,7 +17,8 @@ from torch import Tensor
 from fat_plugins.errors import CheckpointError, QuantizationError
 from fat_plugins.forms import Form, UniformGrid, staircase_steps
 from fat_plugins.functional import per_channel_view
-from fat_plugins.quantizer import TensorSpec, broadcast_state
+from fat_plugins.network import broadcast_state
+from fat_plugins.quantizer import TensorSpec
 from fat_plugins.registry import make_quantizer
 
 #: our name in NNCF's registry of quantizer modules, the ``mode`` of a quantization point

@@ -50,7 +50,7 @@ from fat_nncf.modern_sparsity import Sparsity
 from fat_nncf.modern_state import check_state, rebuild
 from fat_plugins.config import DEFAULT_ALGORITHM, CompressionConfig
 from fat_plugins.errors import ConfigError, HostError
-from fat_plugins.quantizer import param_groups
+from fat_plugins.network import param_groups
 from fat_plugins.registry import get_algorithm
 
 __all__ = [

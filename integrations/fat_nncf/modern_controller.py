@@ -28,8 +28,9 @@ from fat_nncf.modern_sparsity import Sparsity
 from fat_nncf.modern_state import BUILDER, CONTROLLER, builder_state, check_state
 from fat_plugins.errors import CheckpointError, ConfigError
 from fat_plugins.forms import form_kind
+from fat_plugins.network import broadcast_state, regularization, set_progress
 from fat_plugins.placed import network_facts
-from fat_plugins.quantizer import Coordinator, Progress, broadcast_state, regularization, set_progress
+from fat_plugins.quantizer import Coordinator, Progress
 
 
 class CompressionStage(IntEnum):

@@ -12,7 +12,7 @@ from torch import nn
 
 from fat_plugins.errors import HostError
 from fat_plugins.export import qonnx
-from fat_plugins.quantizer import coordinators, named_quantizers
+from fat_plugins.network import coordinators, named_quantizers
 
 SECTION = {
     "algorithm": "bitat",

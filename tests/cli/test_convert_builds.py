@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(GENERATION is None, reason="needs NNCF")
 def build(config):
     import fat_nncf
 
-    from fat_plugins.quantizer import named_quantizers
+    from fat_plugins.network import named_quantizers
 
     data = [(torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.long)) for _ in range(4)]
     loader = torch.utils.data.DataLoader([(x, y) for xs, ys in data for x, y in zip(xs, ys, strict=True)], batch_size=2)

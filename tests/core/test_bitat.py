@@ -20,7 +20,8 @@ from fat_plugins.algorithms.bitat.quantizers import FIXED, FREE, SCALES, WAITING
 from fat_plugins.algorithms.bitat.stages import cayley
 from fat_plugins.forms import Codebook, Staircase
 from fat_plugins.functional import per_channel_view
-from fat_plugins.quantizer import LayerQuantizers, Progress, conv_geometry, module_geometry, set_progress
+from fat_plugins.network import set_progress
+from fat_plugins.quantizer import LayerQuantizers, Progress, conv_geometry, module_geometry
 
 BITAT = get_algorithm("bitat")
 
@@ -549,7 +550,7 @@ def test_terms_can_be_left_out():
 
 
 def test_transform_learns_at_a_tenth_of_the_rate_without_decay():
-    from fat_plugins.quantizer import param_groups
+    from fat_plugins.network import param_groups
 
     net = mlp(2)
     groups = param_groups(net, 0.1, 1e-4)

@@ -7,7 +7,7 @@ from importlib.metadata import EntryPoint
 import pytest
 
 import fat_plugins
-from fat_plugins import Algorithm, ConfigError, algorithms, get_algorithm, registry
+from fat_plugins import Algorithm, ConfigError, algorithms, get_algorithm, plugins, registry
 from fat_plugins.quantizer import Coordinator, TensorSpec
 from fat_plugins.registry import make_quantizer
 
@@ -28,9 +28,9 @@ def install(monkeypatch):
     """Adds entry points to those that are installed, for one test."""
 
     def add(**points):
-        real = list(registry.entry_points(group=registry.GROUP))
+        real = list(plugins.entry_points(group=registry.GROUP))
         extra = [EntryPoint(n.rstrip("_"), v, registry.GROUP) for n, v in points.items()]
-        monkeypatch.setattr(registry, "entry_points", lambda group: real + extra)
+        monkeypatch.setattr(plugins, "entry_points", lambda group: real + extra)
         registry.refresh()
 
     yield add
@@ -87,7 +87,7 @@ def test_two_packages_with_one_name(install):
 
 
 def test_an_installation_without_entry_points(monkeypatch):
-    monkeypatch.setattr(registry, "entry_points", lambda group: [])
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [])
     registry.refresh()
     with pytest.raises(ConfigError, match="no algorithms found: install the package"):
         algorithms()

@@ -10,7 +10,7 @@ import pytest
 import tomllib
 from pages import FILE, blocks
 
-from fat_plugins import registry
+from fat_plugins import plugins, registry
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def files_of(tmp_path, monkeypatch):
 
     def create(page: Path) -> None:
         found = [m for m in blocks(page, "python", "toml") if (m["mark"] or "").startswith(FILE)]
-        points = list(registry.entry_points(group=registry.GROUP))
+        points = list(plugins.entry_points(group=registry.GROUP))
         for m in found:
             (tmp_path / m["mark"].removeprefix(FILE)).write_text(m["code"])
             if m["lang"] == "toml":
@@ -28,7 +28,7 @@ def files_of(tmp_path, monkeypatch):
                 points += [EntryPoint(n, value, registry.GROUP) for n, value in declared.items()]
         if found:
             monkeypatch.syspath_prepend(tmp_path)
-            monkeypatch.setattr(registry, "entry_points", lambda group: points)
+            monkeypatch.setattr(plugins, "entry_points", lambda group: points)
             registry.refresh()
 
     yield create

@@ -8,7 +8,7 @@ import torch
 from pages import DOCS, blocks, generation
 
 from fat_plugins import TensorSpec, get_algorithm
-from fat_plugins.quantizer import named_quantizers
+from fat_plugins.network import named_quantizers
 
 PAGE = DOCS / "writing_an_algorithm.md"
 

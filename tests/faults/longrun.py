@@ -26,7 +26,8 @@ import fat_plugins
 from fat_plugins import FatPluginsError, TensorSpec, algorithms, get_algorithm
 from fat_plugins.export.common import check_model
 from fat_plugins.frozen import FrozenActivation, FrozenWeight
-from fat_plugins.quantizer import Progress, WeightQuantizer, named_quantizers, param_groups, set_progress
+from fat_plugins.network import named_quantizers, param_groups, set_progress
+from fat_plugins.quantizer import Progress, WeightQuantizer
 from fat_plugins.recipes.hosts import get_host
 from fat_plugins.recipes.parts import Precision
 

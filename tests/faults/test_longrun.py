@@ -12,7 +12,8 @@ from fat_plugins import algorithms, get_algorithm
 from fat_plugins.errors import ExportError, QuantizationError
 from fat_plugins.export.common import check_model
 from fat_plugins.frozen import FrozenWeight
-from fat_plugins.quantizer import TensorSpec, named_quantizers
+from fat_plugins.network import named_quantizers
+from fat_plugins.quantizer import TensorSpec
 from fat_plugins.recipes.hosts import get_host
 
 

@@ -19,7 +19,7 @@ from fat_plugins.export.openvino import kernels
 from fat_plugins.export.verify import verify
 from fat_plugins.forms import UniformGrid
 from fat_plugins.frozen import FrozenWeight
-from fat_plugins.quantizer import named_quantizers
+from fat_plugins.network import named_quantizers
 
 models = import_torchvision().models
 heavy = pytest.mark.heavy

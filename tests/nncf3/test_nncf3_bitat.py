@@ -97,7 +97,7 @@ def test_quantize_drives_the_stages_too():
     model = fat_nncf.quantize(
         Small(), nncf.Dataset([x for x, _ in loader()]), "bitat", {"bits": 1}, {"bits": 1}, {"calibration_samples": 8}
     ).train()
-    (stages,) = fat_plugins.quantizer.coordinators(model)
+    (stages,) = fat_plugins.network.coordinators(model)
     fat_plugins.set_progress(model, fat_plugins.Progress())
     assert stages._stage == 0
     fat_plugins.regularization(model).backward()

@@ -18,7 +18,7 @@ import torch
 from tiny_images import cifar, folders
 from torch import nn
 
-from fat_plugins.quantizer import named_quantizers
+from fat_plugins.network import named_quantizers
 from fat_plugins.recipes import Options, Recipe, RunReport, load_recipe, nets_cifar, run, schema, shipped, train
 from fat_plugins.recipes.checkpoint import load_checkpoint
 from fat_plugins.recipes.models import MODELS, build_torchvision

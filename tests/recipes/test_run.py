@@ -8,7 +8,7 @@ import torch
 
 from fat_plugins import get_backend, kernels
 from fat_plugins.errors import CheckpointError, ConfigError, HostError
-from fat_plugins.quantizer import named_quantizers
+from fat_plugins.network import named_quantizers
 from fat_plugins.recipes import checkpoint_path, load_checkpoint, load_run, save_checkpoint, train
 from fat_plugins.recipes import directory as directory_module
 from fat_plugins.recipes import hosts as hosts_module

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 import pytest
 
 from fat_plugins.errors import ConfigError
-from fat_plugins.quantizer import named_quantizers
+from fat_plugins.network import named_quantizers
 from fat_plugins.recipes import load_run, train
 
 ENDS = "['{re}stem', '{re}head']"

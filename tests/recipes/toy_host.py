@@ -14,7 +14,8 @@ import fat_plugins
 from fat_plugins import ConfigError, TensorSpec, get_algorithm
 from fat_plugins.frozen import FrozenWeight
 from fat_plugins.mixed import parse_sections
-from fat_plugins.quantizer import Progress, set_progress
+from fat_plugins.network import set_progress
+from fat_plugins.quantizer import Progress
 from fat_plugins.recipes.schema import plugin_sections
 
 
