@@ -13,6 +13,7 @@ from fat_plugins.errors import ConfigError, nearest, unknown
 from fat_plugins.quantizer import Params
 from fat_plugins.recipes.imports import call
 from fat_plugins.recipes.nets_cifar import NETS
+from fat_plugins.recipes.nets_repvgg import REPVGG
 from fat_plugins.recipes.vision import torchvision
 
 #: of torchvision's networks; twice the largest that it has
@@ -83,6 +84,7 @@ def _own(params: CallableModelParams, sample_shape: tuple[int, ...], classes: in
 MODELS: dict[str, tuple[type[Params], Callable[[Any, tuple[int, ...], int], nn.Module]]] = {
     "digits_cnn": (DigitsCNNParams, _digits_cnn),
     **NETS,
+    **REPVGG,
     "callable": (CallableModelParams, _own),
 }
 #: those of torchvision that need telling: logits only, images as its weights expect them
