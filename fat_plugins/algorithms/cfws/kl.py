@@ -95,6 +95,7 @@ class MagnitudeHistogram:
             return
         for chunk in magnitudes.split(_CHUNK):
             index = (chunk.abs().double() * (_FINE / self.range)).long().clamp_(max=_FINE - 1)
+            index = index[chunk != 0]
             self.counts += torch.bincount(index, minlength=_FINE).cpu()
 
     def bins(self) -> Tensor:
