@@ -399,9 +399,7 @@ def _sdq_weight(quantizer, x, grad):
 
 
 def _sdq_activation(quantizer, x, grad):
-    r = sdq_activation(
-        x, quantizer.alpha.item(), quantizer.sigma.item(), quantizer.spec.bits, quantizer.signed, grad
-    )
+    r = sdq_activation(x, quantizer.alpha.item(), quantizer.sigma.item(), quantizer.spec.bits, quantizer.signed, grad)
     return r["xq"], r["dx"], {"alpha": np.asarray(r["dalpha"])}
 
 

@@ -1,9 +1,9 @@
 """SDQ: quantization and pruning by standard deviations, inspired by the abstract of Ardakani et al. (2022, arXiv
 2202.12422), of which nothing else was read.
 
-The clip of a weight is a learned multiple of the weight's standard deviation, and so is the threshold below which
-weights are pruned. Levels are evenly spaced or powers of two. Activations are clipped at a learned multiple of a running
-deviation. Sections quoted below are those of the project's SDQ specification, a reconstruction.
+The clip of a weight is a learned multiple of its standard deviation, and the threshold below which it is pruned a fixed
+one. Levels are evenly spaced or powers of two. Activations are clipped at a learned multiple of a running deviation.
+Sections quoted below are those of the project's SDQ specification, a reconstruction.
 
 Our own beyond it: thresholds as a quantile, zeros of another sparsity algorithm, clips that start at the least squared
 error, and what stands in for a deviation of zero.
@@ -176,7 +176,7 @@ class SDQWeight(WeightQuantizer):
     # -- forward -----------------------------------------------------------------------------------------------------
     @torch.no_grad()
     def _deviation(self, w: Tensor) -> Tensor:
-        """``s``, shape (): biased, of the survivors where another algorithm prunes. A constant, which has none, gets the
+        """``s``, shape (): biased, of the survivors where another algorithm prunes. A constant has none; it gets the
         value that puts the first clip on it."""
         size = w.abs()
         largest = size.amax()
@@ -349,7 +349,9 @@ class SDQ(Algorithm):
 
     name = "sdq"
     title = "Clips and pruning in standard deviations, inspired by SDQ"
-    paper = "Ardakani, Ardakani, Meyer, Clark, Gross: Standard Deviation-Based Quantization for Deep Neural Networks, 2022"
+    paper = (
+        "Ardakani, Ardakani, Meyer, Clark, Gross: Standard Deviation-Based Quantization for Deep Neural Networks, 2022"
+    )
     arxiv = "2202.12422"
     fidelity = "D: inspired by the abstract, the only text that was read; formulas and constants are ours"
     Params = SDQParams
@@ -361,10 +363,11 @@ class SDQ(Algorithm):
     def check(cls, spec: TensorSpec, params: Params | None = None) -> None:
         """Also refuses powers of two that do not fit 16 bits."""
         super().check(spec, params)
-        if getattr(params, "levels", "uniform") == "power_of_two" and spec.role == "weight" and spec.bits > _MOST_POWERS:
+        powers = spec.role == "weight" and getattr(params, "levels", "uniform") == "power_of_two"
+        if powers and spec.bits > _MOST_POWERS:
             raise ConfigError(
-                f"{spec.name or 'weight'}: levels 'power_of_two' need integers of more than 16 bits at {spec.bits} bits; "
-                f"allowed: 2 to {_MOST_POWERS}, or levels 'uniform'"
+                f"{spec.name or 'weight'}: levels 'power_of_two' need integers of more than 16 bits at {spec.bits} "
+                f"bits; allowed: 2 to {_MOST_POWERS}, or levels 'uniform'"
             )
 
     @classmethod
