@@ -429,3 +429,34 @@ def slb_weight(logits, scale, temperature, grad, hard):
     out = v[logits.argmax(-1)] if hard else soft
     da = temperature * p * (v - soft[..., None]) * (grad * scale[:, None])[..., None]
     return out * scale[:, None], da
+
+
+def sdq_weight(w, alpha, bits, powers=False, tau=None, ratio=None, keep_zeros=False, grad=None):
+    """sdq.md sections 3 and 4, with the gradient's factor of section 4; powers of two by their logarithm."""
+    n = 2 ** (bits - 1) - 1
+    s = max(w[w != 0].std() if keep_zeros else w.std(), 1e-8)
+    c = alpha * s
+    u = np.clip(w / c, -1, 1)
+    if powers:
+        with np.errstate(divide="ignore"):
+            j = np.clip(np.round(-np.log2(np.abs(u))), 0, n - 1)
+        q, threshold = np.sign(w) * 2.0**-j, c * 2.0 ** (1 - n) / np.sqrt(2)
+    else:
+        q, threshold = np.round(n * u) / n, 0.0
+    if not keep_zeros and tau is not None:
+        threshold = tau * s
+    if not keep_zeros and ratio is not None:
+        threshold = np.sort(np.abs(w), axis=None)[int(ratio * w.size)]
+    q = np.where(np.abs(w) < threshold, 0.0, q)
+    dalpha = s * (grad * (q - w / c * (np.abs(w) < c))).sum() / np.sqrt(w.size * n)
+    return {"wq": c * q, "dw": grad * (np.abs(w) <= c), "dalpha": dalpha}
+
+
+def sdq_activation(x, alpha, sigma, bits, signed, grad):
+    """sdq.md section 5, with the gradient's factor of section 4."""
+    n = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
+    c, low = alpha * sigma, -1.0 if signed else 0.0
+    q = np.round(n * np.clip(x / c, low, 1)) / n
+    inside = (x >= low * c) & (x <= c)
+    dalpha = sigma * (grad * (q - x / c * inside)).sum() / np.sqrt(x.size / x.shape[0] * n)
+    return {"xq": c * q, "dx": grad * inside, "dalpha": dalpha}

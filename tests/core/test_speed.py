@@ -123,6 +123,8 @@ MOST = {
     ("quantization_networks", "activation"): (86, 136),
     ("rq", "weight"): (287, 583),
     ("rq", "activation"): (287, 583),
+    ("sdq", "weight"): (31, 17),
+    ("sdq", "activation"): (29, 12),
     ("slb", "weight"): (7, 10),
     ("slb", "activation"): (6, 12),
     ("squantizer", "weight"): (49, 3),
