@@ -291,8 +291,8 @@ class DAQActivation(ActivationQuantizer):
         """
         if self.params.dynamic:
             raise ExportError(
-                f"{self.spec.name or 'activation'}: daq's dynamic activations have a range per image and channel, which "
-                "no file can hold; set params.dynamic: false to deploy the statistics of calibration"
+                f"{self.spec.name or 'activation'}: daq's dynamic activations have a range per image and channel, "
+                "which no file can hold; set params.dynamic: false to deploy the statistics of calibration"
             )
         return self.nominal_form()
 
