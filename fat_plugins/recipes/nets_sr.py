@@ -47,7 +47,7 @@ class EDSRTiny(nn.Module):
         super().__init__()
         self.head = nn.Conv2d(channels, width, 3, padding=1)
         self.body = nn.Sequential(*(ResidualBlock(width, residual_scale) for _ in range(blocks)))
-        self.body_end = nn.Conv2d(width, width, 3, padding=1)
+        self.after = nn.Conv2d(width, width, 3, padding=1)
         self.upsampler = nn.Conv2d(width, width * scale**2, 3, padding=1)
         self.shuffle = nn.PixelShuffle(scale)
         self.tail = nn.Conv2d(width, channels, 3, padding=1)
@@ -55,7 +55,7 @@ class EDSRTiny(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """N x C x sH x sW of images N x C x H x W."""
         x = self.head(x)
-        x = x + self.body_end(self.body(x))
+        x = x + self.after(self.body(x))
         return self.tail(self.shuffle(self.upsampler(x)))
 
 
