@@ -419,6 +419,18 @@ def lq_nets_weight(rows, basis):
     return out
 
 
+def daq_mid_rise(u, step, half):
+    """daq.md section 2: ``M(u; D, L)``."""
+    return np.clip(step * (np.round(u / step + 0.5) - 0.5), -(half - 0.5) * step, (half - 0.5) * step)
+
+
+def daq_weight(w, bits, optimal):
+    """daq.md section 3: one unbiased deviation, the step of the table one bit below unless ``optimal``."""
+    table = [2.0, 1.596, 0.996, 0.586, 0.335, 0.188, 0.104, 0.057, 0.031]
+    step = table[bits if optimal else bits - 1] * w.std(ddof=1)
+    return daq_mid_rise(w, step, 2 ** (bits - 1)) if step > 0 else np.zeros_like(w)
+
+
 def slb_weight(logits, scale, temperature, grad, hard):
     """slb.md sections 3 and 4, rows C x n of logits C x n x m; ``scale`` is the value of the outermost level."""
     m = logits.shape[-1]

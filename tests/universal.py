@@ -15,6 +15,8 @@ from references import (
     bitat_activation,
     bitat_weight,
     cpq,
+    daq_mid_rise,
+    daq_weight,
     direct_activation,
     direct_levels,
     direct_weight,
@@ -76,6 +78,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"levels": "power_of_two", "variant": "imagenet", "restore_scale": True},
         {"restore_scale": True, "activation_alpha": 2.0},
     ],
+    "daq": [{}, {"step_index": "bits", "sigma_bits": 4}],
     "lq_nets": [{}, {"init": "authors"}],
     "minmax": [{}, {"momentum": 0.5}],
     "dropbits": [
@@ -413,7 +416,23 @@ def _slb_weight(quantizer, x, grad):
     return np.moveaxis(out.reshape(rows.shape), 0, quantizer.spec.channel_axis), np.zeros_like(x), {"logits": da}
 
 
+def _daq_weight(quantizer, x, grad):
+    return daq_weight(x, quantizer.spec.bits, quantizer.params.step_index == "bits"), grad, {}
+
+
+def _daq_activation(quantizer, x, grad):
+    """The calibrated grid: half-integer steps around a whole number of half steps, or whole steps from zero."""
+    half, factor = 2 ** (quantizer.spec.bits - 1), quantizer.params.step(quantizer.spec.bits)
+    step = factor * quantizer.sigma.item()
+    if not quantizer.signed:
+        return step * np.clip(np.round(x / step), 0, 2 * half - 1), grad, {}
+    mean = np.round(quantizer.mean.item() / (step / 2)) * step / 2
+    return mean + daq_mid_rise(x - mean, step, half), grad, {}
+
+
 REFERENCES = {
+    ("daq", "weight"): _daq_weight,
+    ("daq", "activation"): _daq_activation,
     ("apot", "weight"): _apot_weight,
     ("apot", "activation"): _apot_activation,
     ("lq_nets", "weight"): _lq_nets_weight,

@@ -103,6 +103,8 @@ MOST = {
     ("bitat", "activation"): (13, 8),
     ("direct", "weight"): (26, 59),
     ("direct", "activation"): (301, 5),
+    ("daq", "weight"): (40, 2),
+    ("daq", "activation"): (30, 4),
     ("dorefa", "weight"): (15, 35),
     ("dorefa", "activation"): (5, 4),
     ("dropbits", "weight"): (122, 1187),
