@@ -17,6 +17,7 @@ from fat_plugins.penalties import get_penalty
 from fat_plugins.recipes.data import DATASETS, Data
 from fat_plugins.recipes.models import MODELS, build_torchvision, check_model
 from fat_plugins.recipes.optim import OPTIMIZERS, check_options
+from fat_plugins.recipes.rewriting import RewriteSection, RewriteSections, check_rewrites
 from fat_plugins.recipes.targets import FORMATS, Target, targets_of
 from fat_plugins.recipes.weights import is_file, load_weights, torchvision_weights
 from fat_plugins.registry import algorithms, get_algorithm
@@ -287,6 +288,7 @@ class BaselineSection(Section):
 
     algorithm: AlgorithmName
     params: dict[str, Any] = Field(default_factory=dict)
+    rewrites: RewriteSections | None = Field(None, max_length=100, description="In the place of those of the recipe.")
 
 
 def _baseline(value: Any) -> Any:
@@ -320,6 +322,11 @@ class Recipe(BaseModel):
     host: str = "nncf"
     compression: Any = Field(description="An NNCF compression section, a list of them, or a config with both.")
     pretrain: TrainSection
+    rewrites: RewriteSections = Field(
+        default_factory=list,
+        max_length=100,
+        description="Changes to the trained float network before quantizers are placed, in their order.",
+    )
     training: FineTuneSection
     export: ExportSection | None = Field(default_factory=ExportSection)
     baselines: list[Annotated[BaselineSection, BeforeValidator(_baseline)]] = Field(
@@ -356,6 +363,8 @@ class Recipe(BaseModel):
                 get_penalty(penalty.name).parse_params(penalty.params, f"{key}.penalty.params")
         for i, baseline in enumerate(self.baselines):
             get_algorithm(baseline.algorithm).parse_params(baseline.params, f"baselines.{i}.params")
+            check_rewrites(baseline.rewrites or [], f"baselines.{i}.rewrites")
+        check_rewrites(self.rewrites, "rewrites")
         for variant in (None, *self.baselines):
             for i, stage in enumerate(self.training.stages):
                 config = self.config_for(variant, stage)
@@ -381,6 +390,10 @@ class Recipe(BaseModel):
             if tensor is not None:
                 section[group] = {**section.get(group, {}), "bits": tensor.bits}
         return config
+
+    def rewrites_for(self, baseline: BaselineSection | None) -> list[RewriteSection]:
+        """What changes the float model of the recipe's own algorithm or of a baseline."""
+        return self.rewrites if baseline is None or baseline.rewrites is None else baseline.rewrites
 
     def phase(self, stage: Stage) -> FineTuneSection:
         """Training settings of one stage."""
