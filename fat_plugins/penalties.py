@@ -106,11 +106,13 @@ class Penalty:
         term = self.term(loss, scaler)
         return loss if term is None else loss + term
 
-    def try_out(self, example: Tensor) -> None:
-        """Find out now whether the penalty can be computed for this model, on one batch ``example``.
+    def try_out(self, example: Tensor, training: bool = False) -> None:
+        """Find out now whether the penalty can be computed for this model (default: there is nothing to find out).
 
-        Weights, statistics and random numbers stay as they are (default: there is nothing to find out).
+        Weights and random numbers stay as they are; in evaluation mode, statistics of batch norms too.
 
+        :param example: a batch for the model, N x ...
+        :param training: try it in training mode, in which quantizers may compute something else.
         :raises FatPluginsError: it cannot; one line says why, and the cure.
         """
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -33,8 +34,8 @@ class GradientL1Params(PenaltyParams):
     lambda_activations: float = Field(0.01, ge=0, description="Weight of the gradients of activations.")
     normalise: Literal["none", "numel", "step"] = Field(
         "none",
-        description="'none': the sum of magnitudes, as in the paper; 'numel': their mean for each tensor; 'step': times "
-        "half the step of a min-max grid, which makes it the bound on the rise of the loss.",
+        description="'none': the sum of magnitudes, as in the paper; 'numel': their mean for each tensor; 'step': "
+        "times half the step of a min-max grid, which makes it the bound on the rise of the loss.",
     )
     bits: int = Field(4, ge=2, le=8, description="normalise: step: the width of that grid where no quantizer says one.")
 
@@ -42,8 +43,8 @@ class GradientL1Params(PenaltyParams):
 class GradientL1(Penalty):
     """``lambda_weights sum_l ||dL/dW_l||_1 + lambda_activations sum_l ||dL/dA_l||_1`` by double back-propagation.
 
-    Whose gradients: see :mod:`fat_plugins.observed`. Mini-batch gradients of the loss that is given, so lambda belongs to
-    a batch size. One forward of the model for each call.
+    Whose gradients: see :mod:`fat_plugins.observed`. Mini-batch gradients of the loss that is given, so lambda belongs
+    to a batch size. One forward of the model for each call.
 
     :param model: trained in float, or with quantizers; enabled ones must be twice differentiable.
     :param example: a batch; with it, what cannot be penalised is refused now, not in the first step.
@@ -127,7 +128,7 @@ class GradientL1(Penalty):
             return signed / 2
         return torch.where((x < 0).any(), signed, x.amax() / (2**bits - 1)) / 2
 
-    # -- what cannot be done ---------------------------------------------------------------------------------------------
+    # -- what cannot be done -------------------------------------------------------------------------------------------
     def _check(self, loss: Tensor, seen: list[Observed]) -> None:
         if loss.numel() != 1 or not loss.requires_grad:
             raise QuantizationError(
@@ -137,8 +138,8 @@ class GradientL1(Penalty):
         for q in self.observer.quantizers:
             if isinstance(q, WeightQuantizer) and q.owns_weight and q.enabled and "weight" in self.observer.roles:
                 raise QuantizationError(
-                    f"{q.spec.name or self.name}: '{q.algorithm}' trains parameters of its own in the place of the weight; "
-                    f"{self.name} needs lambda_weights: 0 here, or quantizers that are disabled"
+                    f"{q.spec.name or self.name}: '{q.algorithm}' trains parameters of its own in the place of the "
+                    f"weight; {self.name} needs lambda_weights: 0 here"
                 )
         for role in sorted(self.observer.roles - {s.role for s in seen}):
             raise QuantizationError(
@@ -157,17 +158,14 @@ class GradientL1(Penalty):
         except RuntimeError as error:
             raise QuantizationError(f"{self.name}: no second derivative: {error}; {_CURES}") from None
 
-    def try_out(self, example: Tensor) -> None:
-        """One forward in evaluation mode and both derivatives.
-
-        :param example: a batch for the model, N x ...
-        """
+    def try_out(self, example: Tensor, training: bool = False) -> None:
+        """One forward and both derivatives; see :meth:`Penalty.try_out`."""
         modes = [(m, m.training) for m in self.model.modules()]
         epoch, self._epoch = self._epoch, self.params.start + self.params.warmup
         device = example.device
         try:
-            for module, _ in modes:  # not eval(), which quantizers take for the end of training
-                module.training = False
+            for module, _ in modes:  # not train(), from which quantizers draw conclusions
+                module.training = training
             with torch.enable_grad(), torch.random.fork_rng([device] if device.type != "cpu" else []):
                 self.term(wide(self.model(example)).square().mean())
         finally:
@@ -185,9 +183,9 @@ class GradientL1(Penalty):
         self.observer.remove()
 
 
-# ------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
 # first derivatives, and whether there is a second one
-# ------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
 def _gradients(loss: Tensor, tensors: list[Tensor]) -> tuple[Tensor | None, ...]:
     try:
         return torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True)
@@ -224,7 +222,7 @@ def _watched(loss: Tensor) -> Iterator[None]:
                 if once or (g is not None and not g.requires_grad and bool(g.any())):
                     broken.add(name.removesuffix("Backward"))
 
-    handles = [n.register_hook(lambda i, o, name=n.name(): look(name, i, o)) for n in _python_nodes(loss)]
+    handles = [node.register_hook(partial(look, node.name())) for node in _python_nodes(loss)]
     try:
         yield
     finally:
@@ -232,6 +230,6 @@ def _watched(loss: Tensor) -> Iterator[None]:
             handle.remove()
     if broken:
         raise QuantizationError(
-            f"{GradientL1.name}: {', '.join(sorted(broken))} cannot be differentiated twice; disable the quantizers while "
-            "the penalty trains, or take it in float training"
+            f"{GradientL1.name}: {', '.join(sorted(broken))} cannot be differentiated twice; disable the quantizers "
+            "while the penalty trains, or take it in float training"
         )

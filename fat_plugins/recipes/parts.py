@@ -13,7 +13,6 @@ from torch.nn.functional import cross_entropy, kl_div
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fat_plugins.errors import CheckpointError, ConfigError, nearest
-from fat_plugins.penalties import get_penalty
 from fat_plugins.recipes.hooks import Part
 from fat_plugins.recipes.penalty import PenaltyPart
 
@@ -185,7 +184,7 @@ def parts_of(section: TrainSection, model: nn.Module, teacher: nn.Module | None 
         device = next(model.parameters()).device
         parts.append(Distillation(deepcopy(teacher).to(device), float(wanted.alpha), float(wanted.temperature)))
     if section.penalty is not None:
-        parts.append(PenaltyPart(get_penalty(section.penalty.name)(model, **section.penalty.params)))
+        parts.append(PenaltyPart(section.penalty.build(model)))
     if section.ema is not None:
         parts.append(WeightAverage(model, float(section.ema.decay)))
     return parts

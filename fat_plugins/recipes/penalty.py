@@ -1,17 +1,91 @@
-"""A penalty of :mod:`fat_plugins.penalties` in the training of a recipe."""
+"""The key ``penalty`` of a training: a term of the loss that prepares the network for quantization."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import BeforeValidator, Field, field_validator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fat_plugins.penalties import Penalty
+from fat_plugins.config import Section
+from fat_plugins.errors import FatPluginsError, unknown
+from fat_plugins.explain import Expected
+from fat_plugins.penalties import Penalty, get_penalty, penalties
 from fat_plugins.recipes.hooks import Part
+from fat_plugins.recipes.rewriting import rewritten
 
 if TYPE_CHECKING:
+    from fat_plugins.recipes.data import Data
+    from fat_plugins.recipes.hosts import Host
+    from fat_plugins.recipes.schema import Recipe
     from fat_plugins.recipes.trainer import EpochRecord, Trainer
+
+#: of a batch on which a penalty is tried out; batch norms in training want more than one
+_SAMPLES = 4
+
+
+class PenaltySection(Section):
+    """One penalty."""
+
+    name: str = Field(description="Name of a registered penalty.")
+    params: dict[str, Any] = Field(default_factory=dict, description="Options of the penalty.")
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in penalties():
+            raise ValueError(unknown("penalty", value, penalties()))
+        return value
+
+    def build(self, model: nn.Module) -> Penalty:
+        """The penalty of ``model``."""
+        return get_penalty(self.name)(model, **self.params)
+
+
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+NamedPenalty = Annotated[PenaltySection, BeforeValidator(_named), Expected("a name, or an object with name and params")]
+
+
+def check_penalty(section: PenaltySection | None, where: str) -> None:
+    """Options of a penalty.
+
+    :raises ConfigError: one line with the key's path.
+    """
+    if section is not None:
+        get_penalty(section.name).parse_params(section.params, f"{where}.params")
+
+
+def try_penalties(recipe: Recipe, host: Host, data: Data) -> None:
+    """Find out on fresh models, before any training, whether the penalties of a recipe can be computed.
+
+    That of the training with quantizers takes one initialisation of them for every algorithm.
+
+    :raises FatPluginsError: one line with the key.
+    """
+    section = recipe.pretrain.penalty
+    if section is not None and recipe.pretrain.epochs:
+        _try(section, recipe.model.build(data), data.example, "pretrain.penalty", training=False)
+    section = recipe.training.penalty
+    trained = next((stage for stage in recipe.training.stages if recipe.phase(stage).epochs), None)
+    if section is None or trained is None:
+        return
+    images = next(iter(data.calibration_loader(recipe.data.batch_size)))[0]
+    for baseline in (None, *recipe.baselines):
+        model, _ = rewritten(recipe.model.build(data), recipe.rewrites_for(baseline), data.example)
+        loader = data.calibration_loader(recipe.data.batch_size)
+        _, model = host.compress(model, recipe.config_for(baseline, trained), loader, data.example)
+        _try(section, model, images[:_SAMPLES], "training.penalty", training=True)
+
+
+def _try(section: PenaltySection, model: nn.Module, images: Tensor, key: str, training: bool) -> None:
+    try:
+        section.build(model).try_out(images, training=training)
+    except FatPluginsError as error:
+        raise type(error)(f"{key}: {error}") from None
 
 
 class PenaltyPart(Part):

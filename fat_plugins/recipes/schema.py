@@ -13,10 +13,10 @@ from fat_plugins.config import AlgorithmName, Section, is_plugin_section, split_
 from fat_plugins.errors import ConfigError, unknown
 from fat_plugins.explain import Expected, explain
 from fat_plugins.mixed import joint_name, parse_sections
-from fat_plugins.penalties import get_penalty
 from fat_plugins.recipes.data import DATASETS, Data
 from fat_plugins.recipes.models import MODELS, build_torchvision, check_model
 from fat_plugins.recipes.optim import OPTIMIZERS, check_options
+from fat_plugins.recipes.penalty import NamedPenalty, check_penalty
 from fat_plugins.recipes.rewriting import RewriteSection, RewriteSections, check_rewrites
 from fat_plugins.recipes.targets import FORMATS, Target, targets_of
 from fat_plugins.recipes.weights import is_file, load_weights, torchvision_weights
@@ -184,19 +184,6 @@ class DistillationSection(Section):
     temperature: Number = Field(1.0, gt=0, description="Both logits are divided by it.")
 
 
-class PenaltySection(Section):
-    """A term of the loss that prepares a network for quantization."""
-
-    name: str = Field(description="Name of a registered penalty.")
-    params: dict[str, Any] = Field(default_factory=dict, description="Its options.")
-
-    @field_validator("name")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        get_penalty(value)
-        return value
-
-
 class TrainSection(Section):
     """One phase of training."""
 
@@ -221,7 +208,7 @@ class TrainSection(Section):
         "noise, so that the statistics of training are those of another network.",
     )
     norm_batches: int = Field(32, ge=1, le=MAX_BATCH, description="Training batches that do so.")
-    penalty: PenaltySection | None = Field(None, description="A penalty on the loss by labels joins the loss.")
+    penalty: NamedPenalty | None = Field(None, description="What joins the loss to prepare for quantization.")
 
 
 class StageTensor(Section):
@@ -359,8 +346,7 @@ class Recipe(BaseModel):
         if len(set(names)) != len(names):
             raise ConfigError(f"baselines: {names[1:]} repeat each other or the recipe's own algorithm '{names[0]}'")
         for key in ("pretrain", "training"):
-            if (penalty := getattr(self, key).penalty) is not None:
-                get_penalty(penalty.name).parse_params(penalty.params, f"{key}.penalty.params")
+            check_penalty(getattr(self, key).penalty, f"{key}.penalty")
         for i, baseline in enumerate(self.baselines):
             get_algorithm(baseline.algorithm).parse_params(baseline.params, f"baselines.{i}.params")
             check_rewrites(baseline.rewrites or [], f"baselines.{i}.rewrites")
