@@ -65,7 +65,7 @@ class GradientL1(Penalty):
         p = self.params
         self._lambdas = {"weight": p.lambda_weights, "activation": p.lambda_activations}
         roles = {role for role, value in self._lambdas.items() if value}
-        self.observer = Observer(model, roles, lambda: self.factor > 0)
+        self.observer = Observer(model, roles, lambda: self._epoch is None or self.factor > 0)
         #: what was at work when the second derivative was last tried out
         self._tried: Any = None
         self._values: dict[str, Tensor] = {}
