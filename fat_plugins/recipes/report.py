@@ -15,6 +15,7 @@ from fat_plugins.config import DEFAULT_BITS, PLAIN_BITS
 from fat_plugins.errors import CheckpointError, one_line, unknown
 from fat_plugins.explain import explain
 from fat_plugins.mixed import algorithms_of
+from fat_plugins.penalties import get_penalty
 from fat_plugins.recipes.deploy import Deployment, LayerRow
 from fat_plugins.recipes.schema import Recipe, plugin_sections
 from fat_plugins.recipes.targets import TARGETS, Target
@@ -130,7 +131,11 @@ def _layers(config: dict[str, Any]) -> str:
 
 def _phase(section: Any) -> str:
     o = section.optimizer
-    return f"{section.epochs} epochs ({o.name}, lr {o.lr:g}, weight decay {o.weight_decay:g}, {section.schedule.name})"
+    about = f"{o.name}, lr {o.lr:g}, weight decay {o.weight_decay:g}, {section.schedule.name}"
+    if section.penalty is not None:
+        about += f", penalty {section.penalty.name}"
+        about += "".join(f" {key} {value}" for key, value in section.penalty.params.items())
+    return f"{section.epochs} epochs ({about})"
 
 
 @dataclass
@@ -165,7 +170,9 @@ class RunReport:
         configs = [recipe.config_for(baseline, stages[-1]) for baseline in (None, *recipe.baselines)]
         labels = {name: label(config) for name, config in zip(names, configs, strict=True)}
         training = [f"{_widths(recipe.config_for(None, s))}: {_phase(recipe.phase(s))}" for s in stages]
-        used = dict.fromkeys(algorithm for name in names for algorithm in algorithms_of(name))
+        penalties = [s.penalty.name for s in (recipe.pretrain, recipe.training) if s.penalty is not None]
+        used = [get_algorithm(a) for a in dict.fromkeys(a for name in names for a in algorithms_of(name))]
+        used += [get_penalty(name) for name in dict.fromkeys(penalties)]
         facts = {
             "Data": data,
             **task.facts(),
@@ -174,7 +181,7 @@ class RunReport:
             "Fine-tuning from these float weights, the same for all": "; ".join(training),
             **_rewrites(recipe, names),
             "Layers": _layers(configs[0]),
-            "Fidelity": "; ".join(f"{a}: {get_algorithm(a).fidelity}" for a in used),
+            "Fidelity": "; ".join(f"{kind.name}: {kind.fidelity}" for kind in used),
             "Seeds": f"{len(recipe.seeds)} ({', '.join(map(str, recipe.seeds))})"
             + ("; mean (lowest to highest)" if len(recipe.seeds) > 1 else ""),
         }

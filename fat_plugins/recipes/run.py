@@ -45,6 +45,7 @@ from fat_plugins.recipes.loader import dump_recipe
 from fat_plugins.recipes.loading import lost_workers_told
 from fat_plugins.recipes.models import check_fit
 from fat_plugins.recipes.parts import parts_of
+from fat_plugins.recipes.penalty import try_penalties
 from fat_plugins.recipes.progress import Reporter
 from fat_plugins.recipes.report import RunReport, VariantResult
 from fat_plugins.recipes.resume import RunState, finished_run, result_from_dict, result_to_dict
@@ -95,6 +96,7 @@ def train(
     for variant in (None, *recipe.baselines):
         for stage in recipe.training.stages:
             host.check(recipe.config_for(variant, stage), data.example)
+    try_penalties(recipe, host, data)
     with (
         _directory(recipe, directory, overwrite, options, world, reporter) as target,
         _threads(recipe.threads),

@@ -252,8 +252,10 @@ class ActTensorQuant(_Wrapper):
                 quantizer.calibrate(x.detach().clamp(*self.calibration_range) if clipped else x)
             self.counter += 1
             self.forget()  # calibration decides the sign
-        if self.observer_only or not quantizer.calibrated or not quantizer.enabled:
+        if self.observer_only:
             return x, None, None, None
+        if not quantizer.calibrated or not quantizer.enabled:  # the identity, of which its hooks are told
+            return quantizer(x), None, None, None
         self._look()
         value = self._delayed(x, quantizer(x))
         scale = scale_view(quantizer.grid_scale().to(x.dtype), x.ndim, quantizer.spec.channel_axis)
