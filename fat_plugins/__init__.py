@@ -18,6 +18,7 @@ from fat_plugins.quantizer import (
 )
 from fat_plugins.registry import Algorithm, algorithms, get_algorithm
 from fat_plugins.reuse import accumulate, get_weight_cache, set_weight_cache
+from fat_plugins.switching import at_bits, set_active_bits, widths
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ __all__ = [
     "__version__",
     "accumulate",
     "algorithms",
+    "at_bits",
     "compare",
     "get_algorithm",
     "get_backend",
@@ -48,8 +50,10 @@ __all__ = [
     "param_groups",
     "reestimate_batch_norms",
     "regularization",
+    "set_active_bits",
     "set_backend",
     "set_progress",
     "set_weight_cache",
     "summary",
+    "widths",
 ]
