@@ -99,7 +99,7 @@ def inverse_haar(bands: list[Tensor], length: int) -> Tensor:
 
 
 class _Gained(torch.autograd.Function):
-    """``x + IDWT((gains - 1) * DWT(x))``: exactly ``x`` where all gains are 1. Section 4's gradients; keeps ``x`` alone.
+    """``x + IDWT((gains - 1) * DWT(x))``: exactly ``x`` where all gains are 1. Gradients of section 4; keeps ``x``.
 
     Shapes: ``x`` C x G x n x S; ``gains`` C (or 1) x bands.
     """
