@@ -6,13 +6,15 @@ Activations at 2 bits have other moments than at 8: a norm that saw both would f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, StrictInt, field_validator
 from torch import Tensor, nn
 
 from fat_plugins.errors import ConfigError
-from fat_plugins.quantizer import check_width
+from fat_plugins.quantizer import Params, check_width
+from fat_plugins.rewrites import Rewrite, RewriteReport, layer_of, replace_layer
 
 _PARAMETERS = ("weight", "bias")
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -117,4 +119,57 @@ def norm_statistics(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-__all__ = ["KINDS", "SwitchableNorm", "norm_statistics", "switchable"]
+class SwitchableNormParams(Params):
+    """Options of the rewrite ``switchable_norm``."""
+
+    bit_set: list[Annotated[StrictInt, Field(ge=1, le=32)]] = Field(
+        min_length=1, max_length=32, description="Bit widths that have statistics and affine parameters of their own."
+    )
+
+    @field_validator("bit_set")
+    @classmethod
+    def _distinct(cls, value: list[int]) -> list[int]:
+        if len(set(value)) != len(value):
+            raise ValueError(f"{value} repeat each other")
+        return value
+
+
+class SwitchableNormRewrite(Rewrite):
+    """Every batch norm of a float network becomes switchable, and computes what it did until some width is trained."""
+
+    name = "switchable_norm"
+    title = "Batch norms with statistics and affine parameters for each of several bit widths"
+    paper = "Jin, Yang, Liao: AdaBits, CVPR 2020; Yu et al.: Any-Precision Deep Neural Networks, AAAI 2021"
+    fidelity = "folklore: the practice of both papers as the specification words it; neither was read"
+    Params = SwitchableNormParams
+
+    @classmethod
+    def apply(cls, model: nn.Module, params: SwitchableNormParams, example_input: Tensor | None) -> RewriteReport:
+        """:raises ConfigError: there is no batch norm with running statistics."""
+        report = RewriteReport(cls.name, params.model_dump(mode="json"))
+        for name, norm in list(model.named_modules()):
+            if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                continue
+            new = switchable(norm, params.bit_set)
+            if new is norm:
+                reason = "it has no running statistics" if norm.running_mean is None else "no class of torch.nn itself"
+                report.left[name] = reason
+                continue
+            replace_layer(model, name, new)
+            report.changed[name] = {"channels": norm.num_features}
+        if not report.changed:
+            raise ConfigError("switchable_norm: the model has no batch norm with running statistics; leave it out")
+        return report
+
+    @classmethod
+    def rebuild(cls, model: nn.Module, params: SwitchableNormParams, changed: dict[str, dict[str, Any]]) -> None:
+        """:raises ConfigError: a layer of ``changed`` is no batch norm of the model that could be switchable."""
+        for name in changed:
+            norm = layer_of(model, name, nn.modules.batchnorm._BatchNorm)
+            new = switchable(norm, params.bit_set)
+            if new is norm:
+                raise ConfigError(f"layer {name!r} is a {type(norm).__name__}, of which there is no switchable form")
+            replace_layer(model, name, new)
+
+
+__all__ = ["KINDS", "SwitchableNorm", "SwitchableNormRewrite", "norm_statistics", "switchable"]

@@ -69,6 +69,24 @@ def at_bits(model: nn.Module, bits: int) -> Iterator[None]:
             part.set_active_bits(active)
 
 
+def each_width(model: nn.Module) -> Iterator[int | None]:
+    """Once for every width of ``model``, which computes at it meanwhile; once, with ``None``, where it has only one::
+
+        optimizer.zero_grad()
+        for bits in fat_plugins.each_width(model):
+            (criterion(model(images), labels) / count).backward()
+        optimizer.step()
+
+    Afterwards every part has the width that it had.
+    """
+    several = widths(model)
+    if not several:
+        yield None
+    for bits in several:
+        with at_bits(model, bits):
+            yield bits
+
+
 def follow_quantizers(model: nn.Module) -> None:
     """Bring switchable norms to the width that the quantizers of several widths have. Adapters call this when they have
     placed or rebuilt quantizers; a model without such quantizers, or without such norms, stays as it is.
@@ -82,12 +100,12 @@ def follow_quantizers(model: nn.Module) -> None:
     active = sorted({q.active_bits for q in quantizers.values()})
     if len(active) > 1:
         raise QuantizationError(
-            f"switchable norms follow one bit width, but quantizers stand at {active}; give weights and activations the "
-            "same bits, or those that do not switch a bit_set of one width"
+            f"switchable norms follow one bit width, but quantizers stand at {active}; give weights and activations "
+            "the same bits, or those that do not switch a bit_set of one width"
         )
     for name, norm in norms.items():
         check_width(active[0], norm.widths, name)
         norm.set_active_bits(active[0])
 
 
-__all__ = ["at_bits", "follow_quantizers", "set_active_bits", "widths"]
+__all__ = ["at_bits", "each_width", "follow_quantizers", "set_active_bits", "widths"]

@@ -142,7 +142,7 @@ def one_model_weight(w, bits, step, gains=None, groups=1, grad=None):
     if gains is not None:
         bands = haar_matrix(inputs, np.shape(gains)[-1] - 1)
         each = np.broadcast_to(gains, (len(w), len(bands)))
-        mix = np.stack([sum(g * band.T @ band for g, band in zip(row, bands)) for row in each])
+        mix = np.stack([sum(g * band.T @ band for g, band in zip(row, bands, strict=True)) for row in each])
     latent = np.einsum("cij,cgjs->cgis", mix, blocks).reshape(w.shape)
     high = 2 ** (bits - 1) - 1
     s = np.reshape(step, [-1] + [1] * (w.ndim - 1))

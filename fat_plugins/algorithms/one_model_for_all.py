@@ -123,9 +123,8 @@ class _Gained(torch.autograd.Function):
 
 
 def _apply(x: Tensor, gains: Tensor) -> Tensor:
-    moved = [
-        b * (g - 1).reshape(-1, 1, 1, 1) for b, g in zip(haar(x, gains.shape[1] - 1), gains.unbind(1), strict=True)
-    ]
+    bands = haar(x, gains.shape[1] - 1)
+    moved = [b * (g - 1).reshape(-1, 1, 1, 1) for b, g in zip(bands, gains.unbind(1), strict=True)]
     return x + inverse_haar(moved, x.shape[2])
 
 
@@ -358,6 +357,6 @@ class OneModelForAll(Algorithm):
         known = params.bit_set if isinstance(params, OneModelParams) else None
         if known is not None and spec.bits not in known:
             raise ConfigError(
-                f"{spec.name or spec.role}: {spec.bits} bits are not in bit_set {known}; the width of the tensor is the "
-                "one that is active at first, and must be among them"
+                f"{spec.name or spec.role}: {spec.bits} bits are not in bit_set {known}; the tensor's width is the one "
+                "that is active at first, and must be among them"
             )

@@ -225,7 +225,7 @@ def test_the_own_width_belongs_to_the_usual_ones():
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"bit_set": [8, 2]}, r"layer: 4 bits are not in bit_set \[8, 2\]; the width of the tensor is"),
+        ({"bit_set": [8, 2]}, r"layer: 4 bits are not in bit_set \[8, 2\]; the tensor's width is"),
         ({"bit_set": [4, 4]}, r"params.bit_set: \[4, 4\] repeat each other"),
         ({"bit_set": []}, "params.bit_set: .* at least 1 item"),
         ({"bit_set": [9, 4]}, r"params.bit_set.0: must be less than or equal to 8, got 9"),

@@ -99,7 +99,7 @@ def test_a_width_that_is_missing_somewhere_is_none_of_the_model():
 def test_a_model_of_one_width_has_nothing_to_switch():
     for net in (nn.Linear(2, 2), Net("lsq"), Net("lsq", norm_widths=None)):
         assert fat_plugins.widths(net) == ()
-        with pytest.raises(QuantizationError, match="no quantizer of this .* has several bit widths"):
+        with pytest.raises(QuantizationError, match=r"no quantizer of this .* has several bit widths"):
             fat_plugins.set_active_bits(net, 4)
     quantizer = Net("lsq").act
     assert quantizer.widths == (4,)
@@ -182,10 +182,8 @@ def test_the_first_width_has_the_tensors_of_the_norm_and_the_others_copies():
     ours = switchable(plain, [2, 8])
     assert ours.weight_8 is plain.weight and ours.weight_2 is not plain.weight
     assert torch.equal(ours.weight_2, plain.weight)
-    names = {
-        f"{n}_{b}" for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked") for b in (8, 2)
-    }
-    assert set(ours.state_dict()) == names
+    names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    assert set(ours.state_dict()) == {f"{name}_{bits}" for name in names for bits in (8, 2)}
 
 
 def test_states_of_plain_norms_load_into_all_widths():
@@ -212,7 +210,7 @@ def test_what_is_no_usual_batch_norm_stays():
     without = switchable(nn.BatchNorm1d(3, affine=False), WIDTHS)
     assert without.weight is None and without(torch.randn(4, 3)).shape == (4, 3)
     for bad in ([], [4, 4]):
-        with pytest.raises(ConfigError, match="bit_set: .*; allowed: distinct bit widths, at least one"):
+        with pytest.raises(ConfigError, match=r"bit_set: .*; allowed: distinct bit widths, at least one"):
             switchable(nn.BatchNorm2d(3), bad)
 
 
