@@ -7,9 +7,9 @@ the input and the scale (the codes are recomputed). Their elementwise bodies are
 
 from __future__ import annotations
 
-from typing import Any
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor

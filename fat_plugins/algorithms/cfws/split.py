@@ -16,7 +16,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fat_plugins.errors import ConfigError, nearest, shown
-from fat_plugins.functional import per_channel_view
 from fat_plugins.quantizer import Params
 from fat_plugins.rewrites import Rewrite, RewriteReport, layer_of, replace_layer
 
@@ -65,9 +64,7 @@ def _coarse_step(largest: Tensor, levels: int) -> Tensor:
 
 
 @torch.no_grad()
-def split_kernel(
-    weight: Tensor, bits: int = 8, per_channel: bool = True, extract_center: bool = True
-) -> KernelSplit:
+def split_kernel(weight: Tensor, bits: int = 8, per_channel: bool = True, extract_center: bool = True) -> KernelSplit:
     """Coarse and fine part of a kernel (section 3).
 
     :param weight: C_out x C_in/groups x k x k, every k odd, float32 or float64.
