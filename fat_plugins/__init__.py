@@ -2,6 +2,7 @@
 
 # before the functions of these names, which a later import would replace
 import fat_plugins.algorithms
+import fat_plugins.penalties
 import fat_plugins.rewrites  # noqa: F401
 from fat_plugins.config import CompressionConfig
 from fat_plugins.errors import CheckpointError, ConfigError, ExportError, FatPluginsError, HostError, QuantizationError
@@ -10,6 +11,7 @@ from fat_plugins.inspect import compare, summary
 from fat_plugins.kernels import get_backend, set_backend
 from fat_plugins.network import named_quantizers, param_groups, regularization, set_progress
 from fat_plugins.norms import reestimate_batch_norms
+from fat_plugins.penalties import Penalty, get_penalty, penalties
 from fat_plugins.quantizer import (
     ActivationQuantizer,
     Coordinator,
@@ -35,6 +37,7 @@ __all__ = [
     "FatPluginsError",
     "Figure",
     "HostError",
+    "Penalty",
     "Progress",
     "QuantizationError",
     "Quantizer",
@@ -48,10 +51,12 @@ __all__ = [
     "compare",
     "get_algorithm",
     "get_backend",
+    "get_penalty",
     "get_rewrite",
     "get_weight_cache",
     "named_quantizers",
     "param_groups",
+    "penalties",
     "rebuild",
     "reestimate_batch_norms",
     "regularization",

@@ -16,6 +16,7 @@ from fat_plugins.mixed import joint_name, parse_sections
 from fat_plugins.recipes.data import DATASETS, Data
 from fat_plugins.recipes.models import MODELS, build_torchvision, check_model
 from fat_plugins.recipes.optim import OPTIMIZERS, check_options
+from fat_plugins.recipes.penalty import NamedPenalty, check_penalty
 from fat_plugins.recipes.rewriting import RewriteSection, RewriteSections, check_rewrites
 from fat_plugins.recipes.targets import FORMATS, Target, targets_of
 from fat_plugins.recipes.weights import is_file, load_weights, torchvision_weights
@@ -207,6 +208,7 @@ class TrainSection(Section):
         "noise, so that the statistics of training are those of another network.",
     )
     norm_batches: int = Field(32, ge=1, le=MAX_BATCH, description="Training batches that do so.")
+    penalty: NamedPenalty | None = Field(None, description="What joins the loss to prepare for quantization.")
 
 
 class StageTensor(Section):
@@ -343,6 +345,8 @@ class Recipe(BaseModel):
         names = [plugin_section(self.compression)["algorithm"], *(b.algorithm for b in self.baselines)]
         if len(set(names)) != len(names):
             raise ConfigError(f"baselines: {names[1:]} repeat each other or the recipe's own algorithm '{names[0]}'")
+        for key in ("pretrain", "training"):
+            check_penalty(getattr(self, key).penalty, f"{key}.penalty")
         for i, baseline in enumerate(self.baselines):
             get_algorithm(baseline.algorithm).parse_params(baseline.params, f"baselines.{i}.params")
             check_rewrites(baseline.rewrites or [], f"baselines.{i}.rewrites")
