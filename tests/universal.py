@@ -64,6 +64,7 @@ CONV = LAYERS[0]
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "apot": [{}, {"restore_scale": True, "alpha": 2.0, "activation_alpha": 2.0}],
     "bitat": [{}, {"alpha": "mean_abs"}],
+    "cfws": [{}, {"score": "standard", "unsigned_levels": 128}],
     "direct": [
         {},
         {"levels": "tied", "channel_cap": 3.0},
@@ -276,6 +277,14 @@ def _minmax_activation(quantizer, x, grad):
     return r["vq"], grad * inside, {}
 
 
+def _cfws_activation(quantizer, x, grad):
+    b, threshold = quantizer.spec.bits, quantizer.threshold.item()
+    n = 2 ** (b - 1) - 1 if quantizer.signed else 2**b - 1
+    r = lsq(x, threshold / n, -n if quantizer.signed else 0, n, grad=grad)
+    inside = (x >= (-threshold if quantizer.signed else 0)) & (x <= threshold)
+    return r["vq"], grad * inside, {}
+
+
 def _bitat_weight(quantizer, x, grad):
     axis, learned = quantizer.spec.channel_axis, quantizer.params.alpha == "learned"
     rows = np.moveaxis(x, axis, 0)
@@ -470,6 +479,8 @@ REFERENCES = {
     ),
     ("squantizer", "weight"): _squantizer_weight,
     ("squantizer", "activation"): _pact_activation,
+    ("cfws", "weight"): _minmax_weight,
+    ("cfws", "activation"): _cfws_activation,
     ("bitat", "weight"): _bitat_weight,
     ("bitat", "activation"): _bitat_activation,
     ("dropbits", "weight"): _dropbits,

@@ -101,6 +101,8 @@ MOST = {
     ("apot", "activation"): (71, 77),
     ("bitat", "weight"): (9, 9),
     ("bitat", "activation"): (13, 8),
+    ("cfws", "weight"): (8, 1),
+    ("cfws", "activation"): (7, 4),
     ("direct", "weight"): (26, 59),
     ("direct", "activation"): (301, 5),
     ("daq", "weight"): (40, 2),
