@@ -109,6 +109,8 @@ MOST = {
     ("dropbits", "activation"): (10, 198),
     ("fat", "weight"): (37, 32),
     ("fat", "activation"): (6, 9),
+    ("gpfq", "weight"): (0, 0),
+    ("gpfq", "activation"): (0, 0),
     ("lq_nets", "weight"): (110, 1),
     ("lq_nets", "activation"): (286, 3),
     ("lsq", "weight"): (5, 12),
@@ -217,10 +219,11 @@ def same(expected, actual, tolerance):
 
 
 #: random numbers are drawn outside of graphs; the weights of Direct Quantization are loops over bit planes, those of
-#: LQ-Nets sorted searches, those of SLB a softmax and a product, those of SQuantizer masks and two moments
+#: GPFQ are not trained, those of LQ-Nets sorted searches, those of SLB a softmax and a product, those of SQuantizer
+#: masks and two moments
 NOT_COMPILED = {
     *(("rq", role) for role in ("weight", "activation")),
-    *((name, "weight") for name in ("direct", "lq_nets", "slb", "squantizer")),
+    *((name, "weight") for name in ("direct", "gpfq", "lq_nets", "slb", "squantizer")),
 }
 
 
