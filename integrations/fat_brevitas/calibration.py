@@ -118,8 +118,10 @@ def calibrate(model: nn.Module, batches: Batches, plan: Plan) -> None:
 
 
 def _showing(observe: Callable[[torch.Tensor], None]) -> Callable[..., None]:
-    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:  # what a hook returns would replace the input
-        observe(_plain(inputs[0]))
+    def hook(layer: nn.Module, inputs: tuple[Any, ...]) -> None:  # what a hook returns would replace the input
+        # a layer may quantize its own input; what collects statistics must not see it twice
+        own = getattr(layer, "input_quant", None)
+        observe(_plain(inputs[0] if own is None or layer.training else own(inputs[0])))
 
     return hook
 
