@@ -96,7 +96,7 @@ def check(net: nn.Module, model: nn.Module, problems: dict, batches: list[Tensor
         d, alphabet = quantizer._row_step().squeeze(2), quantizer.alphabet
         codes = follow(pairs, lambda z, _, d=d, a=alphabet: a.codes(z, d), lambda c, d=d, a=alphabet: a.values(c, d))
         assert torch.equal(to_rows(quantizer.signed_codes(), quantizer.spec).double(), codes), name
-        assert quantizer.owns_weight and float(quantizer.errors[0]) <= float(quantizer.errors[1]), name
+        assert quantizer.owns_weight, name
 
 
 def check_parameters(model: nn.Module) -> None:

@@ -110,6 +110,7 @@ def test_layers_placed_by_hand():
     assert len(list(coordinators(net))) == 1 and controller.loss() == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*a sum of 2 grids:UserWarning")
 @pytest.mark.parametrize(
     "params",
     [{}, {"alphabet": "authors"}, {"mode": "l1", "lambda_": 0.01}, {"mode": "l0", "lambda_": 0.03}],
