@@ -500,8 +500,16 @@ class ActivationQuantizer(Quantizer):
         raise NotImplementedError
 
     def form(self) -> Form:
-        """The deployed form; ``form.decode(form.encode(x))`` equals the evaluation forward bit for bit."""
+        """The deployed form; ``form.decode(form.encode(x))`` equals the evaluation forward bit for bit.
+
+        :raises ExportError: there is none, because the range follows every input; the message says what to do.
+        """
         raise NotImplementedError
+
+    def nominal_form(self) -> Form:
+        """What reports show and hosts carry along in training: :meth:`form`, or where there is none the one that comes
+        nearest to it."""
+        return self.form()
 
     def monitor(self, weight: Tensor | None = None) -> dict[str, float]:
         """Width and mean scale."""
@@ -513,7 +521,7 @@ class ActivationQuantizer(Quantizer):
 
         Override it where :meth:`form` stalls the device.
         """
-        return self.form().scale
+        return self.nominal_form().scale
 
 
 class Calibration(Protocol):

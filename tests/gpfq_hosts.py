@@ -75,7 +75,9 @@ def quantized_rows(model: nn.Module, roles=ROLES) -> dict[str, Tensor]:
     return {layer.name: layer.weight.collected().joined()[1] for layer in path.layers}
 
 
-def check(net: nn.Module, model: nn.Module, problems: dict, batches: list[Tensor], *, quantized: bool = True, repeated=()) -> None:
+def check(
+    net: nn.Module, model: nn.Module, problems: dict, batches: list[Tensor], *, quantized: bool = True, repeated=()
+) -> None:
     """
     :param net: the float network as it was, its modules named as quantizers name their layers.
     :param model: what a host made of it, without adaptation of batch norms.

@@ -15,6 +15,8 @@ from references import (
     bitat_activation,
     bitat_weight,
     cpq,
+    daq_mid_rise,
+    daq_weight,
     direct_activation,
     direct_levels,
     direct_weight,
@@ -27,6 +29,8 @@ from references import (
     lsq_plus_activation,
     minmax_weight,
     pact,
+    sdq_activation,
+    sdq_weight,
     slb_weight,
     soft_steps,
     squantize,
@@ -81,6 +85,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"mode": "l1", "lambda_": 0.02},
         {"radius": None, "mode": "stochastic"},
     ],
+    "daq": [{}, {"step_index": "bits", "sigma_bits": 4}],
     "lq_nets": [{}, {"init": "authors"}],
     "minmax": [{}, {"momentum": 0.5}],
     "dropbits": [
@@ -100,6 +105,12 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"levels": "uniform", "uniform_thresholds": True},
         {"backward": "t1", "activation_backward": "t1", "strict": True, "activation_temperature": 40.0},
     ],
+    "sdq": [
+        {},
+        {"levels": "power_of_two"},
+        {"levels": "power_of_two", "tau": 0.8, "alpha": "mse", "activation_alpha": "mse"},
+        {"pruning_ratio": 0.6, "alpha": 2.2, "activation_alpha": 2.0},
+    ],
     "slb": [{}, {"scale": "max", "alpha": None, "optimizer": "sgd"}, {"init": "he"}],
     "squantizer": [{}, {"grid": "aligned"}, {"sigma": 0.6, "alpha": None}, {"sigma": None, "alpha": 3.0}],
 }
@@ -113,6 +124,8 @@ ZERO_ON_TOP = {"squantizer"}
 ONE_BIT_MORE = ("authors",)
 #: these have a gradient of zero for the weights that they prune themselves
 OWN_MASK = {"squantizer"}
+#: statistics of a weight leave out the zeros of a sparsity algorithm, so its clip depends on them
+COUNTS_SURVIVORS = {"sdq"}
 #: activations have values of their own, whatever the range of the input
 FIXED_VALUES = {"bitat", "dorefa"}
 #: these draw random numbers in every training forward
@@ -390,6 +403,18 @@ def _lq_nets_weight(quantizer, x, grad):
     return np.moveaxis(out.reshape(rows.shape), 0, axis), grad, {}
 
 
+def _sdq_weight(quantizer, x, grad):
+    p, spec = quantizer.params, quantizer.spec
+    powers = p.levels == "power_of_two"
+    r = sdq_weight(x, quantizer.alpha.item(), spec.bits, powers, p.tau, p.pruning_ratio, spec.keep_zeros, grad)
+    return r["wq"], r["dw"], {"alpha": np.asarray(r["dalpha"])}
+
+
+def _sdq_activation(quantizer, x, grad):
+    r = sdq_activation(x, quantizer.alpha.item(), quantizer.sigma.item(), quantizer.spec.bits, quantizer.signed, grad)
+    return r["xq"], r["dx"], {"alpha": np.asarray(r["dalpha"])}
+
+
 def _slb_weight(quantizer, x, grad):
     rows = np.moveaxis(grad, quantizer.spec.channel_axis, 0)
     scale = quantizer.scale.numpy() * np.ones(len(rows))
@@ -406,7 +431,23 @@ def _gpfq_weight(quantizer, x, grad):
     return gpfq_weight(x, step, bits, params.alphabet, params.mode, params.lambda_), grad, {}
 
 
+def _daq_weight(quantizer, x, grad):
+    return daq_weight(x, quantizer.spec.bits, quantizer.params.step_index == "bits"), grad, {}
+
+
+def _daq_activation(quantizer, x, grad):
+    """The calibrated grid: half-integer steps around a whole number of half steps, or whole steps from zero."""
+    half, factor = 2 ** (quantizer.spec.bits - 1), quantizer.params.step(quantizer.spec.bits)
+    step = factor * quantizer.sigma.item()
+    if not quantizer.signed:
+        return step * np.clip(np.round(x / step), 0, 2 * half - 1), grad, {}
+    mean = np.round(quantizer.mean.item() / (step / 2)) * step / 2
+    return mean + daq_mid_rise(x - mean, step, half), grad, {}
+
+
 REFERENCES = {
+    ("daq", "weight"): _daq_weight,
+    ("daq", "activation"): _daq_activation,
     ("gpfq", "weight"): _gpfq_weight,
     ("gpfq", "activation"): _minmax_activation,
     ("apot", "weight"): _apot_weight,
@@ -427,6 +468,8 @@ REFERENCES = {
     ("rq", "activation"): _rq,
     ("direct", "weight"): _direct_weight,
     ("direct", "activation"): _direct_activation,
+    ("sdq", "weight"): _sdq_weight,
+    ("sdq", "activation"): _sdq_activation,
     ("slb", "weight"): _slb_weight,
     ("slb", "activation"): _pact_activation,
     ("dorefa", "weight"): _dorefa_weight,
@@ -448,6 +491,8 @@ def clip_is_given(case: Case) -> bool:
     """Whether the range of an activation does not come from calibration."""
     if case.algorithm in ("pact", "slb", "squantizer"):
         return case.params.get("alpha", 10.0) is not None
+    if case.algorithm == "sdq":  # in units of what calibration finds
+        return False
     return case.algorithm in FIXED_VALUES or "activation_alpha" in case.params
 
 

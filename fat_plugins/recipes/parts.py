@@ -1,4 +1,4 @@
-"""What recipes switch on in a training: averaged weights, a teacher, mixed precision."""
+"""What recipes switch on in a training: averaged weights, a teacher, a penalty, mixed precision."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fat_plugins.errors import CheckpointError, ConfigError, nearest
 from fat_plugins.recipes.hooks import Part
+from fat_plugins.recipes.penalty import PenaltyPart
 
 if TYPE_CHECKING:
     from fat_plugins.recipes.schema import TrainSection
@@ -182,6 +183,8 @@ def parts_of(section: TrainSection, model: nn.Module, teacher: nn.Module | None 
     if wanted is not None and teacher is not None:
         device = next(model.parameters()).device
         parts.append(Distillation(deepcopy(teacher).to(device), float(wanted.alpha), float(wanted.temperature)))
+    if section.penalty is not None:
+        parts.append(PenaltyPart(section.penalty.build(model)))
     if section.ema is not None:
         parts.append(WeightAverage(model, float(section.ema.decay)))
     return parts

@@ -227,7 +227,7 @@ class ActTensorQuant(_Wrapper):
         seen = None if self.training else state_of(self.quantizer)
         if self.container is not None and (self.training or self._seen == seen):
             return
-        found = container_of(self.quantizer.form())
+        found = container_of(self.quantizer.nominal_form())
         if self.container is None or found.bits != self.container.bits:
             self._bit_width = torch.full_like(self._bit_width, found.bits)  # who has the old one keeps it
         self.container, self._seen = found, seen
@@ -254,8 +254,10 @@ class ActTensorQuant(_Wrapper):
                 quantizer.calibrate(x.detach().clamp(*self.calibration_range) if clipped else x)
             self.counter += 1
             self.forget()  # calibration decides the sign
-        if self.observer_only or not quantizer.calibrated or not quantizer.enabled:
+        if self.observer_only:
             return x, None, None, None
+        if not quantizer.calibrated or not quantizer.enabled:  # the identity, of which its hooks are told
+            return quantizer(x), None, None, None
         self._look()
         value = self._delayed(x, quantizer(x))
         scale = scale_view(quantizer.grid_scale().to(x.dtype), x.ndim, quantizer.spec.channel_axis)
