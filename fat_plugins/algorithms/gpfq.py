@@ -165,6 +165,8 @@ class GPFQWeight(WeightQuantizer):
         self.register_buffer("done", torch.tensor(False))
         self.register_buffer("errors", torch.zeros(2))
         self._done = False
+        #: the path goes on through later layers: the float network is needed as it is
+        self.held = False
         self._alive: Tensor | None = None
         self._pairs: Pairs | None = None
         self._waiting: deque[tuple[Tensor, Tensor]] = deque()
@@ -177,8 +179,8 @@ class GPFQWeight(WeightQuantizer):
 
     @property
     def owns_weight(self) -> bool:
-        """Whether the codes are those of the path, and final."""
-        return self._done
+        """Whether the codes are those of the path, and nothing reads the float weight any more."""
+        return self._done and not self.held
 
     def _set_done(self, done: bool) -> None:
         self._done = done
@@ -398,7 +400,7 @@ class GPFQPath(Coordinator):
 
     @property
     def _ahead(self) -> Iterator[LayerQuantizers]:
-        return (layer for layer in self.layers if layer.weight.enabled and not layer.weight.owns_weight)
+        return (x for x in self.layers if x.weight.enabled and not x.weight.owns_weight)
 
     def begin(self) -> None:
         """Follow the path through every layer that has not been quantized yet. Without data nothing happens but a
@@ -416,6 +418,8 @@ class GPFQPath(Coordinator):
             self._warned = True
             return
         biases = {bias: bias.detach().clone() for layer in ahead if (bias := _bias(layer)) is not None}
+        for layer in ahead:
+            layer.weight.held = True
         try:
             for layer in ahead:
                 self._quantize(layer)
@@ -426,6 +430,9 @@ class GPFQPath(Coordinator):
                 for bias, before in biases.items():
                     bias.copy_(before)
             raise
+        finally:
+            for layer in ahead:
+                layer.weight.held = False
 
     def on_progress(self, progress: Progress) -> None:
         """Begin, where the host had no data before."""

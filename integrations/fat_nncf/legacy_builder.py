@@ -119,7 +119,7 @@ class PluginBuilder(QuantizationBuilder):
 
     @property
     def _coordinated(self) -> bool:
-        names = {q.algorithm for q in self._weight_quantizers.values()}
+        names = {info.quantizer_module_ref.algorithm for info in self._weight_quantizers.values()}
         return any(get_algorithm(name).coordinator is not None for name in names)
 
     def _adapt_batch_norms(self, model: NNCFNetwork) -> None:

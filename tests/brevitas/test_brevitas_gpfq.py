@@ -143,4 +143,5 @@ def test_a_model_without_data_says_so():
     # data that comes later is used when training begins
     fat_brevitas.Controller(model, IMAGES)
     fat_brevitas.set_progress(model, Progress())
+    model.eval()(IMAGES[0])
     gpfq_hosts.check_parameters(model)

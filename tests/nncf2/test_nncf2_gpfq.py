@@ -82,6 +82,7 @@ def test_saved_rebuilt_and_trained_on():
     assert all(torch.equal(q.signed_codes(), codes[name]) for name, (q, _) in problems.items())
 
 
+@pytest.mark.filterwarnings("ignore:.*sum of 2 grids:UserWarning")
 @pytest.mark.parametrize("params", [{}, {"alphabet": "authors"}, {"mode": "l0", "lambda_": 0.02}], ids=str)
 def test_codes_are_deployed(params, tmp_path):
     pytest.importorskip("openvino")
