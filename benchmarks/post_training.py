@@ -30,6 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "algorithms" / "gpfq.md"
 BEGIN, END = "<!-- measured: written by benchmarks.post_training -->", "<!-- end of measured -->"
 BITS = (5, 4, 3, 2)
+#: calibration images of each layer
+SAMPLES = 512
 #: row: algorithm, its options, and whether the path is left out
 ROWS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "largest weight, nearest": ("minmax", {}, False),
@@ -38,14 +40,15 @@ ROWS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "`C = 1.16`, GPFQ, bias correction `all`": ("gpfq", {"bias_correction": "all"}, False),
     "least error, nearest": ("gpfq", {"radius": None}, True),
     "least error, GPFQ": ("gpfq", {"radius": None}, False),
-    "authors' alphabet (one bit more), nearest": ("gpfq", {"alphabet": "authors"}, True),
-    "authors' alphabet (one bit more), GPFQ": ("gpfq", {"alphabet": "authors"}, False),
+    "authors' alphabet (a bit more), nearest": ("gpfq", {"alphabet": "authors"}, True),
+    "authors' alphabet (a bit more), GPFQ": ("gpfq", {"alphabet": "authors"}, False),
 }
 
 
 def section(row: str, bits: int, activations: bool) -> dict[str, Any]:
     """The compression section of one cell."""
-    algorithm, params, _ = ROWS[row]
+    algorithm, params, rounded = ROWS[row]
+    params = {**params, "samples": 1 if rounded else SAMPLES} if algorithm == "gpfq" else params
     return {
         "algorithm": algorithm,
         "weights": {"bits": bits, "per_channel": False},

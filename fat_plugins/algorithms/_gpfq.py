@@ -89,10 +89,20 @@ class Pairs:
         self.count = 0
         #: sums of the rows, g x d, and of the squared outputs of the float layer
         self.sum_x, self.sum_q = weight.new_zeros(g, d), weight.new_zeros(g, d)
-        self.energy = weight.new_zeros(())
+        self.energy: Tensor | None = weight.new_zeros(())
         if not direct:
             #: H = sum xq^T xq and G = sum xq^T x, g x d x d
             self.h, self.g = weight.new_zeros(g, d, d), weight.new_zeros(g, d, d)
+
+    @classmethod
+    def from_products(cls, weight: Tensor, h: Tensor, g: Tensor) -> Pairs:
+        """What somebody else has gathered; means and errors are unknown.
+
+        :param h, g: ``sum xq^T xq`` and ``sum xq^T x``, g x d x d, with any common factor.
+        """
+        pairs = cls(weight, direct=False)
+        pairs.h, pairs.g, pairs.energy = h.to(weight), g.to(weight), None
+        return pairs
 
     def add(self, x: Tensor, xq: Tensor) -> None:
         """Rows of both networks, ``g x n x d`` each."""
@@ -119,8 +129,11 @@ class Pairs:
         return self.h.diagonal(dim1=1, dim2=2)
 
     def error(self, q: Tensor) -> Tensor:
-        """``||X w - X~ q||^2`` over all neurons relative to ``||X w||^2``; 0 where the layer gives nothing."""
+        """``||X w - X~ q||^2`` over all neurons relative to ``||X w||^2``; 0 where the layer gives nothing or that is
+        not known."""
         w = self.weight
+        if self.energy is None:
+            return w.new_zeros(())
         if self.direct:
             found = sum((x @ w.mT - xq @ q.mT).square().sum() for x, xq in self.rows)
         else:

@@ -302,7 +302,8 @@ class GPFQWeight(WeightQuantizer):
         :return: what the mean output of each output channel loses (1-d, float64).
         :raises QuantizationError: the layer reads NaN or infinite values.
         """
-        if not bool(torch.isfinite(pairs.norms()).all() & torch.isfinite(pairs.energy)):
+        known = [pairs.norms()] + ([] if pairs.energy is None else [pairs.energy])
+        if not all(bool(torch.isfinite(numbers).all()) for numbers in known):
             raise QuantizationError(f"{self.spec.name}: its input holds NaN or infinite values, or is too large")
         d, alphabet = self._row_step().squeeze(2), self.alphabet
         alive = None if self._alive is None else to_rows(self._alive, self.spec)

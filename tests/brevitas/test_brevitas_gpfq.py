@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from copy import deepcopy
 
+import brevitas.graph.gpfq as brevitas_gpfq
 import brevitas.nn as qnn
 import fat_brevitas
 import gpfq_hosts
@@ -11,12 +13,14 @@ import pytest
 import torch
 from brevitas_whole import Fork, Mobile, Residual
 from fat_brevitas.deployed import frozen
+from fat_brevitas.gpfq import gpfq_mode
 from fat_brevitas.model import rebuild
 from gpfq_hosts import section
 from torch import nn
 
+from fat_plugins import ConfigError, HostError, TensorSpec, get_algorithm
 from fat_plugins.network import coordinators
-from fat_plugins.quantizer import Progress
+from fat_plugins.quantizer import Progress, conv_geometry
 
 NO_NORMS = {"initializer": {"batchnorm_adaptation": {"num_bn_adaptation_samples": 0}}}
 
@@ -145,3 +149,95 @@ def test_a_model_without_data_says_so():
     fat_brevitas.set_progress(model, Progress())
     model.eval()(IMAGES[0])
     gpfq_hosts.check_parameters(model)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Brevitas's own procedure
+# --------------------------------------------------------------------------------------------------------------------
+class Stock(nn.Module):
+    """Brevitas's layers with Brevitas's quantizers."""
+
+    def __init__(self, kind: type = qnn.QuantConv2d) -> None:
+        super().__init__()
+        self.conv1 = kind(4, 6, 3, weight_bit_width=4, groups=2)
+        self.relu = qnn.QuantReLU(bit_width=8)
+        self.fc = qnn.QuantLinear(6, 5, bias=True, weight_bit_width=4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.as_tensor(getattr(y := self.relu(self.conv1(x)), "value", y)).mean((2, 3)))
+
+
+BATCHES = data(4, 8, 8)
+EXTENSIBLE = "algorithm_impl" in inspect.signature(brevitas_gpfq.gpfq_mode.__init__).parameters
+extensible = pytest.mark.skipif(not EXTENSIBLE, reason="this Brevitas's GPFQ cannot be extended")
+
+
+def by_brevitas(model: nn.Module, **options) -> nn.Module:
+    with torch.no_grad():
+        model.train()(BATCHES[0])  # Brevitas's activation quantizers collect their ranges
+        with gpfq_mode(model.eval(), **options) as mode:
+            for _ in range(mode.num_layers):
+                for x in BATCHES:
+                    mode.model(x)
+                mode.update()
+    return model.eval()
+
+
+@extensible
+@pytest.mark.parametrize(
+    "options", [{}, {"alphabet": "authors", "act_order": True}, {"mode": "l1", "lambda_": 0.01}, {"per_channel": True}]
+)
+def test_our_rules_in_brevitas_s_procedure(options):
+    torch.manual_seed(0)
+    model = Stock()
+    floats = deepcopy(model.state_dict())
+    exact = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.ReLU())
+    exact[0].load_state_dict({k: floats[f"conv1.{k}"] for k in ("weight", "bias")})
+    by_brevitas(model, **options)
+    params = {"patches": None, **{k: v for k, v in options.items() if k != "per_channel"}}
+    spec = TensorSpec(
+        "weight", 4, name="conv1", shape=(6, 2, 3, 3), per_channel=options.get("per_channel", False),
+        **conv_geometry((3, 3), groups=2),
+    )  # fmt: skip
+    wanted = get_algorithm("gpfq").make(spec, params)
+    wanted.calibrate(floats["conv1.weight"])
+    wanted.collect(floats["conv1.weight"])
+    for enabled in (False, True):
+        wanted.enabled = enabled
+        wanted.observe_input(torch.cat(BATCHES))
+    wanted.follow(wanted.collected())
+    found = model.conv1.weight_quant.quantizer
+    # Brevitas sums in float32
+    assert (found.codes == wanted.codes).float().mean() > 0.97 and torch.equal(found.step, wanted.step)
+    assert torch.equal(model.conv1.weight, found.eval()(model.conv1.weight)) and not model.conv1.weight.requires_grad
+    assert model.fc.weight_quant.quantizer.owns_weight
+
+
+@extensible
+def test_l0_and_stochastic_modes_and_deployment(tmp_path):
+    from fat_plugins.export import qonnx
+
+    for options in ({"mode": "l0", "lambda_": 0.03}, {"mode": "stochastic", "bits": 3}):
+        torch.manual_seed(0)
+        model = by_brevitas(Stock(), **options)
+        levels = model.conv1.weight_quant.quantizer.signed_codes().unique().numel()
+        assert levels <= 2 ** options.get("bits", 4) - 1
+        deployed = frozen(model)
+        torch.testing.assert_close(deployed(BATCHES[0]), model(BATCHES[0]))
+        if options["mode"] == "stochastic":
+            qonnx.export(deployed, tmp_path / "m.onnx", BATCHES[0])
+            assert qonnx.verify(deployed, tmp_path / "m.onnx", BATCHES[0]).ok
+
+
+@extensible
+def test_what_brevitas_s_procedure_cannot_do_is_one_line():
+    with pytest.raises(ConfigError, match=r"option of gpfq_mode 'radios'.*did you mean 'radius'"):
+        gpfq_mode(Stock(), radios=1.0)
+    with pytest.raises(ConfigError, match="takes 9 bits at 8 bits"):
+        by_brevitas(Stock(), bits=8, alphabet="authors")
+
+
+@pytest.mark.skipif(EXTENSIBLE, reason="this Brevitas's GPFQ can be extended")
+def test_an_older_brevitas_says_so():
+    with pytest.raises(HostError, match=r"cannot be extended; use Brevitas 0\.12"):
+        gpfq_mode(Stock())
