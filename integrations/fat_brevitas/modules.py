@@ -158,10 +158,14 @@ class WeightTensorQuant(_Wrapper):
             fresh = not self._ready
             self.prepare(x)
             if fresh:
-                self.quantizer.fold_into(x)
+                source = x._base if x._is_view() else x  # Brevitas hands out a view of the parameter
+                if source.is_leaf:
+                    self.quantizer.fold_into(source)
                 self._warn_alone()
         elif not self._ready:
             raise QuantizationError(f"{spec.name}: run the whole weight through the quantizer before a slice of it")
+        if not self.quantizer.enabled:
+            return x, None, None, None
         value = self._delayed(x, self.quantizer(x))
         if self.container is None:
             return value, None, None, None

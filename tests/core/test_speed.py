@@ -113,6 +113,8 @@ MOST = {
     ("dropbits", "activation"): (10, 198),
     ("fat", "weight"): (37, 32),
     ("fat", "activation"): (6, 9),
+    ("gpfq", "weight"): (7, 1),
+    ("gpfq", "activation"): (14, 4),
     ("lq_nets", "weight"): (110, 1),
     ("lq_nets", "activation"): (286, 3),
     ("lsq", "weight"): (5, 12),
@@ -229,10 +231,11 @@ def same(expected, actual, tolerance):
 
 
 #: random numbers are drawn outside of graphs; the weights of Direct Quantization are loops over bit planes, those of
-#: LQ-Nets sorted searches, those of SLB a softmax and a product, those of SQuantizer masks and two moments
+#: GPFQ are not trained, those of LQ-Nets sorted searches, those of SLB a softmax and a product, those of SQuantizer
+#: masks and two moments
 NOT_COMPILED = {
     *(("rq", role) for role in ("weight", "activation")),
-    *((name, "weight") for name in ("direct", "lq_nets", "slb", "squantizer")),
+    *((name, "weight") for name in ("direct", "gpfq", "lq_nets", "slb", "squantizer")),
 }
 
 

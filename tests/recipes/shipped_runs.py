@@ -38,6 +38,7 @@ EXPORTED = {
     "cifar10/resnet20_bitat_w1a1": ("weight", "codebook", 1),
     "imagenet/resnet18_quantization_networks_w1a2": ("activation", "staircase", 2),
     "cifar10/resnet20_fat_w2a2_first_last_lsq_w8a8": ("activation", "uniform", 2),
+    "cifar10/resnet20_gpfq_w4a8": ("weight", "uniform", 4),
     "cifar10/resnet20_fat_w4a4_brevitas": ("weight", "uniform", 4),
 }
 #: what makes the families of 32x32 networks thin of 32x32 networks
