@@ -29,12 +29,12 @@ METHODS: dict[str, tuple[str, dict[str, Any], bool, bool]] = {
     "DAQ dynamic, 4-bit sigma": ("daq", {"dynamic": True, "sigma_bits": 4}, False, True),
     "DAQ dynamic, float sigma": ("daq", {"dynamic": True}, False, False),
     "DAQ dynamic, not clipped": ("daq", {"dynamic": True, "sigma_bits": 4, "clip": False}, False, False),
-    "DAQ dynamic, step of `bits`": ("daq", {"dynamic": True, "sigma_bits": 4, "step_index": "bits"}, False, True),
+    "DAQ dynamic, step of `bits`": ("daq", {"dynamic": True, "sigma_bits": 4, "step_index": "bits"}, False, False),
     "DAQ static, per tensor": ("daq", {}, False, True),
-    "DAQ static, per channel": ("daq", {}, True, True),
-    "DAQ static, per tensor, step of `bits`": ("daq", {"step_index": "bits"}, False, True),
+    "DAQ static, per channel": ("daq", {}, True, False),
     "LSQ": ("lsq", {}, False, True),
     "largest magnitude (`minmax`)": ("minmax", {}, False, True),
+    "DAQ static, per tensor, step of `bits`": ("daq", {"step_index": "bits"}, False, True),
 }
 
 
