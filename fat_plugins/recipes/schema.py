@@ -12,7 +12,7 @@ from torch import nn
 from fat_plugins.config import AlgorithmName, Section, is_plugin_section, split_sections
 from fat_plugins.errors import ConfigError, unknown
 from fat_plugins.explain import Expected, explain
-from fat_plugins.mixed import joint_name, parse_sections
+from fat_plugins.mixed import joint_name, parse_sections, refuse_undeployable
 from fat_plugins.recipes.data import DATASETS, Data
 from fat_plugins.recipes.models import MODELS, build_torchvision, check_model
 from fat_plugins.recipes.optim import OPTIMIZERS, check_options
@@ -354,7 +354,9 @@ class Recipe(BaseModel):
         for variant in (None, *self.baselines):
             for i, stage in enumerate(self.training.stages):
                 config = self.config_for(variant, stage)
-                parse_sections([(f"{w} (training.stages.{i})", s) for w, s in plugin_sections(config)])
+                parsed = parse_sections([(f"{w} (training.stages.{i})", s) for w, s in plugin_sections(config)])
+                if self.export is not None:
+                    refuse_undeployable(parsed)
 
     @property
     def algorithm(self) -> str:
