@@ -23,6 +23,7 @@ from fat_plugins.quantizer import (
 from fat_plugins.registry import Algorithm, algorithms, get_algorithm
 from fat_plugins.reuse import accumulate, get_weight_cache, set_weight_cache
 from fat_plugins.rewrites import Rewrite, RewriteReport, get_rewrite, rebuild, rewrite, rewrites
+from fat_plugins.switching import at_bits, each_width, set_active_bits, widths
 
 __version__ = "0.1.0"
 
@@ -48,7 +49,9 @@ __all__ = [
     "__version__",
     "accumulate",
     "algorithms",
+    "at_bits",
     "compare",
+    "each_width",
     "get_algorithm",
     "get_backend",
     "get_penalty",
@@ -62,8 +65,10 @@ __all__ = [
     "regularization",
     "rewrite",
     "rewrites",
+    "set_active_bits",
     "set_backend",
     "set_progress",
     "set_weight_cache",
     "summary",
+    "widths",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -325,13 +326,25 @@ def keep_zeros(out: Tensor, x: Tensor) -> Tensor:
     return _KeepZeros.apply(out, x)
 
 
+def _many_processes() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _reduced(x: Tensor, how: Any) -> Tensor:
+    x = x.clone()
+    torch.distributed.all_reduce(x, op=how)
+    return x
+
+
 def largest_of_processes(x: Tensor) -> Tensor:
     """The elementwise maximum of ``x`` over all processes of a distributed training; ``x`` itself without one."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        x = x.clone()
-        distributed.all_reduce(x, op=distributed.ReduceOp.MAX)
-    return x
+    return _reduced(x, torch.distributed.ReduceOp.MAX) if _many_processes() else x
+
+
+def sum_of_processes(x: Tensor) -> Tensor:
+    """The elementwise sum, as :func:`largest_of_processes`."""
+    return _reduced(x, torch.distributed.ReduceOp.SUM) if _many_processes() else x
 
 
 def per_channel_view(x: Tensor, ndim: int, axis: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import nn
 from fat_brevitas.config import Plan
 from fat_brevitas.modules import WeightTensorQuant
 from fat_plugins.errors import ConfigError
+from fat_plugins.switching import each_width
 
 #: batches for weight quantizers that look at the inputs of their layers
 INPUT_BATCHES = 4
@@ -171,5 +172,6 @@ def _adapt_batch_norms(model: nn.Module, batches: Batches, count: int) -> None:
         return
     for norm in norms:
         norm.training = True
-    for inputs in batches.take(count):
-        call(model, inputs)
+    for _ in each_width(model):
+        for inputs in batches.take(count):
+            call(model, inputs)

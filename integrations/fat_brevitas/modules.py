@@ -225,7 +225,7 @@ class ActTensorQuant(_Wrapper):
         seen = None if self.training else state_of(self.quantizer)
         if self.container is not None and (self.training or self._seen == seen):
             return
-        found = container_of(self.quantizer.form())
+        found = container_of(self.quantizer.nominal_form())
         if self.container is None or found.bits != self.container.bits:
             self._bit_width = torch.full_like(self._bit_width, found.bits)  # who has the old one keeps it
         self.container, self._seen = found, seen

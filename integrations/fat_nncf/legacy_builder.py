@@ -27,6 +27,7 @@ from fat_nncf.legacy_placement import (
 from fat_nncf.legacy_quantizer import PluginQuantizer, PluginQuantizerSpec
 from fat_plugins.errors import CheckpointError, ConfigError
 from fat_plugins.mixed import parse_sections
+from fat_plugins.switching import each_width, follow_quantizers
 
 
 class PluginBuilder(QuantizationBuilder):
@@ -103,6 +104,7 @@ class PluginBuilder(QuantizationBuilder):
         """Weights from themselves, activations from data where their algorithm wants it, then NNCF's batch norms."""
         if not self.should_init:
             return
+        follow_quantizers(model)
         calibrate_weights(model)
         if not is_main_process():
             return
@@ -111,7 +113,8 @@ class PluginBuilder(QuantizationBuilder):
         self._report_uncalibrated(model)
         adaptation = self._parse_bn_adapt_params()
         if adaptation is not None:
-            BatchnormAdaptationAlgorithm(**adaptation).run(model)
+            for _ in each_width(model):
+                BatchnormAdaptationAlgorithm(**adaptation).run(model)
 
     def _report_uncalibrated(self, model: NNCFNetwork) -> None:
         waiting = [m for m in model.modules() if isinstance(m, PluginQuantizer) and not m.calibrated]
@@ -130,6 +133,7 @@ class PluginBuilder(QuantizationBuilder):
     def _build_controller(self, model: NNCFNetwork) -> PluginController:
         if self.should_init:
             calibrate_weights(model)  # again: controllers built before this one have set their masks
+        follow_quantizers(model)
         fold_weights(model)
         return PluginController(
             self._algo_config,

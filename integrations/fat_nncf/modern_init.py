@@ -23,6 +23,7 @@ from fat_nncf.modern_hooks import (
     storage_of,
 )
 from fat_nncf.modern_placement import Point
+from fat_plugins.switching import each_width
 
 #: batches that initialise quantizers which want data and not a range
 _DATA_BATCHES = 4
@@ -129,6 +130,7 @@ def _observe(model: nn.Module, hungry: list[PluginQuantizer], hooks: list[Plugin
 
 
 def adapt_batch_norms(model: nn.Module, batches: Batches, count: int) -> None:
-    """NNCF's batch-norm adaptation over ``count`` batches, when the model has batch norms."""
+    """NNCF's batch-norm adaptation over ``count`` batches at every width, when the model has batch norms."""
     if count and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-        nncf.batch_norm_adaptation(model, batches.dataset(), num_iterations=count)
+        for _ in each_width(model):
+            nncf.batch_norm_adaptation(model, batches.dataset(), num_iterations=count)
