@@ -1,6 +1,8 @@
 """fat-plugins: low-bit quantization-aware training algorithms as plug-ins. The core knows no host framework."""
 
-import fat_plugins.algorithms  # before the function of that name, which a later import would replace  # noqa: F401
+# before the functions of these names, which a later import would replace
+import fat_plugins.algorithms
+import fat_plugins.rewrites  # noqa: F401
 from fat_plugins.config import CompressionConfig
 from fat_plugins.errors import CheckpointError, ConfigError, ExportError, FatPluginsError, HostError, QuantizationError
 from fat_plugins.figures import Figure
@@ -18,6 +20,7 @@ from fat_plugins.quantizer import (
 )
 from fat_plugins.registry import Algorithm, algorithms, get_algorithm
 from fat_plugins.reuse import accumulate, get_weight_cache, set_weight_cache
+from fat_plugins.rewrites import Rewrite, RewriteReport, get_rewrite, rebuild, rewrite, rewrites
 
 __version__ = "0.1.0"
 
@@ -35,6 +38,8 @@ __all__ = [
     "Progress",
     "QuantizationError",
     "Quantizer",
+    "Rewrite",
+    "RewriteReport",
     "TensorSpec",
     "WeightQuantizer",
     "__version__",
@@ -43,11 +48,15 @@ __all__ = [
     "compare",
     "get_algorithm",
     "get_backend",
+    "get_rewrite",
     "get_weight_cache",
     "named_quantizers",
     "param_groups",
+    "rebuild",
     "reestimate_batch_norms",
     "regularization",
+    "rewrite",
+    "rewrites",
     "set_backend",
     "set_progress",
     "set_weight_cache",

@@ -122,6 +122,22 @@ def algorithms(as_json: Json = False) -> None:
     _console().print(table)
 
 
+@app.command()
+@_one_line_errors
+def rewrites(as_json: Json = False) -> None:
+    """List the rewrites: what a recipe can do to the float network before quantizers are placed."""
+    from fat_plugins.rewrites import rewrites as registered
+
+    rows = [{k: getattr(r, k) for k in ("name", "title", "paper", "arxiv", "fidelity")} for r in registered().values()]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table("name", "title", "paper", "arXiv", "fidelity", show_lines=True)
+    for row in rows:
+        table.add_row(*(value or "-" for value in row.values()))
+    _console().print(table)
+
+
 Seeds = Annotated[list[int] | None, typer.Option("--seed", min=0, help="Seed; give it again for more.")]
 Epochs = Annotated[int | None, typer.Option(min=0, help="Fine-tuning epochs, of every stage.")]
 PretrainEpochs = Annotated[int | None, typer.Option(min=0, help="Epochs of float training.")]

@@ -102,6 +102,19 @@ def _widths(config: dict[str, Any]) -> str:
     return " + ".join(_bits(s) for _, s in plugin_sections(config))
 
 
+def _rewrites(recipe: Recipe, names: list[str]) -> dict[str, str]:
+    """The fact which variants have what rewrites, if any has."""
+    found = {
+        name: ", ".join(s.name for s in recipe.rewrites_for(baseline))
+        for name, baseline in zip(names, (None, *recipe.baselines), strict=True)
+    }
+    if not any(found.values()):
+        return {}
+    alike = len(set(found.values())) == 1
+    text = next(iter(found.values())) if alike else "; ".join(f"{n}: {r or 'none'}" for n, r in found.items())
+    return {"Rewrites of the float network": text}
+
+
 def _layers(config: dict[str, Any]) -> str:
     """Which layers every section of this package quantizes, in words."""
     sections, texts = plugin_sections(config), []
@@ -154,6 +167,7 @@ class RunReport:
             "Model": f"{recipe.model.name} {recipe.model.params or ''}".strip() + f", {parameters:,} parameters",
             "Float training": _phase(recipe.pretrain),
             "Fine-tuning from these float weights, the same for all": "; ".join(training),
+            **_rewrites(recipe, names),
             "Layers": _layers(configs[0]),
             "Fidelity": "; ".join(f"{a}: {get_algorithm(a).fidelity}" for a in used),
             "Seeds": f"{len(recipe.seeds)} ({', '.join(map(str, recipe.seeds))})"

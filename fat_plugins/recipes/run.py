@@ -48,6 +48,7 @@ from fat_plugins.recipes.parts import parts_of
 from fat_plugins.recipes.progress import Reporter
 from fat_plugins.recipes.report import RunReport, VariantResult
 from fat_plugins.recipes.resume import RunState, finished_run, result_from_dict, result_to_dict
+from fat_plugins.recipes.rewriting import rewritten
 from fat_plugins.recipes.schema import BaselineSection, Recipe
 from fat_plugins.recipes.sealed import contents_of
 from fat_plugins.recipes.state import seed_everything
@@ -212,6 +213,10 @@ def _run_variant(
     """All stages of one algorithm, then what is deployed; finished results come back as metrics."""
     recipe, data, world = context.recipe, context.data, context.world
     variant = Variant(context, name, baseline, directory)
+    float_model, changes = rewritten(float_model, recipe.rewrites_for(baseline), data.example.to(world.device))
+    for change in changes:
+        context.reporter.say(f"{context.title(name)}: {change}")
+    variant.rewrites = [change.to_dict() for change in changes]
     saved = context.state.peek(context.seed, name)
     first = 0
     if saved is not None:
@@ -233,6 +238,8 @@ def _run_variant(
     if not world.main:
         result = result_from_dict(told)
     metrics = {"algorithm": name, "checkpoint": which, "test_accuracy": accuracy, "stages": variant.done}
+    if variant.rewrites:
+        metrics["rewrites"] = variant.rewrites
     return result, metrics
 
 

@@ -16,6 +16,7 @@ from fat_plugins.mixed import joint_name, parse_sections
 from fat_plugins.recipes.data import DATASETS, Data
 from fat_plugins.recipes.models import MODELS, build_torchvision, check_model
 from fat_plugins.recipes.optim import OPTIMIZERS, check_options
+from fat_plugins.recipes.rewriting import RewriteSection, RewriteSections, check_rewrites
 from fat_plugins.recipes.targets import FORMATS, Target, targets_of
 from fat_plugins.recipes.weights import is_file, load_weights, torchvision_weights
 from fat_plugins.registry import algorithms, get_algorithm
@@ -272,6 +273,7 @@ class BaselineSection(Section):
 
     algorithm: AlgorithmName
     params: dict[str, Any] = Field(default_factory=dict)
+    rewrites: RewriteSections | None = Field(None, max_length=100, description="In the place of those of the recipe.")
 
 
 def _baseline(value: Any) -> Any:
@@ -305,6 +307,11 @@ class Recipe(BaseModel):
     host: str = "nncf"
     compression: Any = Field(description="An NNCF compression section, a list of them, or a config with both.")
     pretrain: TrainSection
+    rewrites: RewriteSections = Field(
+        default_factory=list,
+        max_length=100,
+        description="Changes to the trained float network before quantizers are placed, in their order.",
+    )
     training: FineTuneSection
     export: ExportSection | None = Field(default_factory=ExportSection)
     baselines: list[Annotated[BaselineSection, BeforeValidator(_baseline)]] = Field(
@@ -338,6 +345,8 @@ class Recipe(BaseModel):
             raise ConfigError(f"baselines: {names[1:]} repeat each other or the recipe's own algorithm '{names[0]}'")
         for i, baseline in enumerate(self.baselines):
             get_algorithm(baseline.algorithm).parse_params(baseline.params, f"baselines.{i}.params")
+            check_rewrites(baseline.rewrites or [], f"baselines.{i}.rewrites")
+        check_rewrites(self.rewrites, "rewrites")
         for variant in (None, *self.baselines):
             for i, stage in enumerate(self.training.stages):
                 config = self.config_for(variant, stage)
@@ -363,6 +372,10 @@ class Recipe(BaseModel):
             if tensor is not None:
                 section[group] = {**section.get(group, {}), "bits": tensor.bits}
         return config
+
+    def rewrites_for(self, baseline: BaselineSection | None) -> list[RewriteSection]:
+        """What changes the float model of the recipe's own algorithm or of a baseline."""
+        return self.rewrites if baseline is None or baseline.rewrites is None else baseline.rewrites
 
     def phase(self, stage: Stage) -> FineTuneSection:
         """Training settings of one stage."""
