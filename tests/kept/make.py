@@ -26,8 +26,8 @@ from fat_plugins.recipes import Options, load_recipe, load_run, train
 
 #: what is read back of a run; pages and tables are not
 KEPT = ("recipe.yaml", "report.json", "checkpoint/last.safetensors", "state/*", "expected.safetensors")
-#: the run of which a report can be made again
-REPORTED = "fat"
+#: and more of some: a report can be made again; float training is over
+MORE = {"fat": ("metrics.json",), CUT: ("checkpoint/float.safetensors",)}
 
 
 def quantizers(path: Path) -> None:
@@ -61,7 +61,7 @@ def run(host: str, name: str, folder: Path) -> None:
             loaded = load_run(whole, "last")
             save_file({k: v.contiguous() for k, v in model_answers(loaded.model, images()).items()},
                       whole / "expected.safetensors")  # fmt: skip
-        for pattern in (*KEPT, *(["metrics.json"] if name == REPORTED else [])):
+        for pattern in (*KEPT, *MORE.get(name, ())):
             for file in whole.glob(pattern):
                 target = folder / file.relative_to(whole)
                 target.parent.mkdir(parents=True, exist_ok=True)
