@@ -2,9 +2,9 @@
 
     python tests/api/api.py
 
-writes ``tests/data/api.json`` and the lists in ``docs/api.md`` again. What needs a host that is not installed is kept as
-it is: run it in an environment with NNCF 3 and Brevitas and in one with NNCF 2. The test beside it fails when a name or a
-signature is not the listed one.
+writes ``tests/data/api.json`` and the lists in ``docs/api.md`` again. What needs a host that is not installed is kept
+as it is: run it in an environment with NNCF 3 and Brevitas and in one with NNCF 2. The test beside it fails when a name
+or a signature is not the listed one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from pydantic import BaseModel
 
 ROOT = Path(__file__).resolve().parents[2]
 SNAPSHOT, PAGE = ROOT / "tests" / "data" / "api.json", ROOT / "docs" / "api.md"
@@ -65,19 +66,29 @@ OPEN = ("entry points",)
 EXAMPLE = "FAT"
 
 
+class _AsWritten:
+    """An annotation without the quotes that come of ``from __future__ import annotations``."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
 def signature(thing: Any) -> str:
     """A signature as it is written, ``""`` for what has none."""
     try:
         found = inspect.signature(thing)
     except (TypeError, ValueError):
         return ""
-    parts = [p.replace(default="...") if _address(p.default) else p for p in found.parameters.values()]
-    return str(found.replace(parameters=parts))
 
+    def written(annotation: Any) -> Any:
+        return _AsWritten(annotation) if isinstance(annotation, str) else annotation
 
-def _address(default: Any) -> bool:
-    """Whether the text of a default differs from run to run."""
-    return " at 0x" in repr(default)
+    parts = [p.replace(annotation=written(p.annotation)) for p in found.parameters.values()]
+    parts = [p.replace(default=_AsWritten("...")) if " at 0x" in repr(p.default) else p for p in parts]
+    return str(found.replace(parameters=parts, return_annotation=written(found.return_annotation)))
 
 
 def describe(thing: Any) -> Any:
@@ -85,13 +96,23 @@ def describe(thing: Any) -> Any:
     if inspect.isclass(thing):
         if not thing.__module__.startswith("fat_"):
             return f"class of {thing.__module__.split('.')[0]}"
+        if issubclass(thing, BaseModel):  # keys of JSON and YAML, whose types the pages tell
+            return {"class": {name: _key(field) for name, field in sorted(thing.model_fields.items())}}
         own = [c for c in thing.__mro__ if c.__module__.startswith("fat_")]
-        names = sorted({n for c in own for n in (*vars(c), *vars(c).get("__annotations__", {})) if not n.startswith("_")})
+        names = sorted(
+            {n for c in own for n in (*vars(c), *vars(c).get("__annotations__", {})) if not n.startswith("_")}
+        )
         return {f"class {signature(thing)}".strip(): {name: _member(thing, name) for name in names}}
     if inspect.isroutine(thing):
         home = inspect.unwrap(thing).__module__ or ""
         return f"function {signature(thing)}" if home.startswith("fat_") else f"function of {home.split('.')[0]}"
     return f"value of type {type(thing).__name__}"
+
+
+def _key(field: Any) -> str:
+    if field.is_required():
+        return "key, required"
+    return f"key = {'...' if field.default_factory else repr(field.default)}"
 
 
 def _member(kind: type, name: str) -> str:
@@ -107,7 +128,13 @@ def describe_module(name: str, names: tuple[str, ...] = ()) -> dict[str, Any]:
     """Public names of a module with their descriptions."""
     module = import_module(name)
     names = names or getattr(module, "__all__", None) or tuple(_own(module))
-    return {n: describe(getattr(module, n)) for n in sorted(names) if not n.startswith("__")}
+    found = {n: getattr(module, n) for n in sorted(names) if not n.startswith("__")}
+    return {n: _elsewhere(thing, n, name) or describe(thing) for n, thing in found.items()}
+
+
+def _elsewhere(thing: Any, name: str, here: str) -> str:
+    home = str(getattr(thing, "__module__", ""))
+    return f"from {home}" if home != here and name in MODULES.get(home, ()) else ""
 
 
 def _own(module: Any) -> Iterator[str]:
@@ -138,7 +165,8 @@ def _spelling(parameter: Any) -> str:
 
 
 def _kind(parameter: Any) -> str:
-    words = [parameter.type.name if not getattr(parameter, "is_flag", False) else "flag"]
+    # typer's own classes differ from version to version: only what all of them say
+    words = ["flag" if getattr(parameter, "is_flag", False) else "value"]
     words += ["required"] if parameter.required else []
     words += ["repeatable"] if parameter.multiple or parameter.nargs == -1 else []
     return ", ".join(words)
@@ -226,7 +254,7 @@ def render(api: Mapping[str, Any]) -> str:
 
 def _lines(name: str, value: Any) -> Iterator[str]:
     if isinstance(value, dict):
-        (head, members), = value.items()
+        ((head, members),) = value.items()
         yield f"{name}{head.removeprefix('class').strip()}  # class"
         for member, text in members.items():
             kind, _, rest = text.partition(" ")
