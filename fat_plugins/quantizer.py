@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from fat_plugins.deprecation import moved
 from fat_plugins.errors import CheckpointError, QuantizationError, shown
 from fat_plugins.figures import Figure
 from fat_plugins.forms import Form, refuse_nonfinite
@@ -621,3 +622,7 @@ class LayerQuantizers:
     weight: WeightQuantizer | None = None
     input_activation: ActivationQuantizer | None = None
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+
+
+_MOVED = ("broadcast_state", "coordinators", "named_quantizers", "param_groups", "regularization", "set_progress")
+__getattr__ = moved(__name__, dict.fromkeys(_MOVED, "fat_plugins.network"), until="0.4")

@@ -142,7 +142,8 @@ def check_task(task: Task, recipe: Recipe) -> None:
     :raises ConfigError: one line with the key.
     """
     for place, section in (("pretrain", recipe.pretrain), ("training", recipe.training)):
-        distillation = getattr(section, "distillation", None) is not None
+        joint = getattr(section, "joint", None)
+        distillation = getattr(section, "distillation", None) is not None or (joint is not None and joint.alpha > 0)
         try:
             task.check_training(smoothing=float(section.label_smoothing), distillation=distillation)
         except ConfigError as error:
