@@ -96,6 +96,9 @@ class _QONNX:
                 for entry in filter(None, behind):
                     entry.notes.append(_CLIP)
 
+    def complete(self, graph: Graph, entries: list[Entry]) -> None:
+        """Nothing."""
+
     def storage(self, form: UniformGrid | Codebook) -> tuple[str, int]:
         """QONNX has floats only; the width of the integers is an input of the node."""
         return "f32", 32

@@ -134,7 +134,7 @@ def test_per_channel_activations(tmp_path):
 def test_wide_weights_take_32_bits(tmp_path):
     for form, storage in (
         (lambda w: UniformGrid(12, True, True, torch.tensor([1e-3])), "i32"),
-        (lambda w: Codebook(2, torch.tensor([0, 3, 200]), torch.tensor([0.01]), 0), "u8"),
+        (lambda w: Codebook(2, torch.tensor([0, 3, 200]), torch.tensor([0.01]), 0), "i32"),
     ):
         model = build(Single, "l", 3, 4, form=form, per_channel=True)
         report, _ = cases.exact(onnx, model, tmp_path / "m.onnx", torch.randn(2, 3, 5, 5))
