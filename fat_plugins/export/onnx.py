@@ -90,19 +90,25 @@ class _QDQ:
         """Keep ONNX Runtime from rounding more than the model does.
 
         Between two quantizers its default optimisations make an integer layer of whatever they find: a float bias
-        becomes integers in steps of the two scales' product, a float weight becomes 8 bits. A Clip in front of such a
-        layer, which clips nothing, leaves it as it is.
+        becomes integers in steps of the two scales' product, a float weight becomes 8 bits, and so does the float input
+        of a product with an integer weight. A Clip that clips nothing leaves them as they are: in front of such a layer,
+        between a product and its bias, or behind the weight.
         """
         makers = {out: node for node in graph.nodes for out in node.output}
         layers = {name for e in entries for use in e.uses for name in use["nodes"]}
         for node in [n for n in graph.nodes if n.name in layers and n.op_type in _onnx.LAYERS]:
             exact = node.input[1] in makers and makers[node.input[1]].op_type == "DequantizeLinear"
-            if (exact and not _biased(graph, node)) or not _dequantized(makers, node.input[0]):
+            if not _dequantized(makers, node.input[0]):
+                if exact and node.op_type == "MatMul":
+                    node.input[1] = _barrier(graph, node.input[1], f"{node.name}.exact")
                 continue
-            out = graph.fresh(f"{node.name}.input")
-            least = graph.constant(f"{node.name}.least", np.finfo(np.float32).min)
-            graph.add("Clip", [node.input[0], least], out, graph.fresh(f"{node.name}.as_it_is"), like=node.input[0])
-            node.input[0] = out
+            biased = [n for n, _ in graph.readers(node.output[0]) if n.op_type == "Add"]
+            if not exact or len(node.input) > 2:
+                node.input[0] = _barrier(graph, node.input[0], f"{node.name}.input")
+            elif node.op_type == "MatMul" and biased:
+                product = _barrier(graph, node.output[0], f"{node.name}.exact")
+                for add in biased:
+                    add.input[:] = [product if name == node.output[0] else name for name in add.input]
 
     def storage(self, form: UniformGrid | Codebook) -> tuple[str, int]:
         """8 bits, or 32 where these do not hold the integers."""
@@ -142,9 +148,11 @@ class _QDQ:
         return [_integer_grid(graph, scale, axis, kind, low, high, source, out, entry.name)]
 
 
-def _biased(graph: Graph, layer: Any) -> bool:
-    """Whether something is added to what a layer gives."""
-    return len(layer.input) > 2 or any(reader.op_type == "Add" for reader, _ in graph.readers(layer.output[0]))
+def _barrier(graph: Graph, tensor: str, name: str) -> str:
+    """The same numbers, behind a Clip."""
+    out, least = graph.fresh(name), graph.constant(f"{name}.least", np.finfo(np.float32).min)
+    graph.add("Clip", [tensor, least], out, graph.fresh(f"{name}.clip"), like=tensor)
+    return out
 
 
 def _dequantized(makers: dict[str, Any], tensor: str) -> bool:

@@ -307,7 +307,7 @@ def _compare(
         check.allowed = max(check.allowed, _OUTPUT_TOLERANCE * largest(np.zeros_like(wanted), wanted) + 1e-6)
         check.max_error = max(check.max_error, largest(result.outputs[i], wanted))
         check.end_to_end = max(check.end_to_end, largest(end_to_end.outputs[i], wanted))
-        same = unmoved(whole.output_quantizers(i), wanted)
+        same = unmoved(whole.output_quantizers(i), wanted).numpy()
         if end_to_end.outputs[i].shape == wanted.shape:
             check.without_ties = max(check.without_ties, largest(end_to_end.outputs[i][same], wanted[same]))
 
@@ -335,19 +335,18 @@ def _end_to_end(
     run: Run,
     whole: Graph,
     report: VerifyReport,
-) -> Callable[[set[str], Any], Any]:
+) -> Callable[[set[str], Any], Tensor]:
     """Judge the codes of samples in which no quantizer before has given another one.
 
-    :return: function of names of quantizers and an array that selects such samples of the array.
+    :return: function of names of quantizers and an array: a mask of such samples in the array.
     """
     flipped: dict[str, Tensor] = {}  # per sample, or for the whole batch where the first dimension is not that
 
-    def unmoved(before: set[str], of: Any) -> Any:
-        some = [flipped[name] for name in before if name in flipped]
-        moved = torch.zeros(of.shape[0] if of.ndim else 1, dtype=torch.bool)
-        for each in some:
-            moved = moved | (each if each.shape == moved.shape else each.any())
-        return ~moved if of.ndim else slice(None, None if not bool(moved) else 0)
+    def unmoved(before: set[str], of: Any) -> Tensor:
+        moved = torch.zeros(of.shape[:1], dtype=torch.bool)
+        for each in (flipped[name] for name in before):
+            moved |= each if each.shape == moved.shape else each.any()
+        return ~moved
 
     for check in report.activations:
         name, form = check.name, forms[check.name]
@@ -355,7 +354,7 @@ def _end_to_end(
         check.end_to_end += int(bad.sum())
         clean = unmoved(whole.quantizers(name), bad)
         check.unexplained += int((bad & ~near[name])[clean].sum())
-        flipped[name] = bad.flatten(1).any(1) if bad.ndim > 1 else bad.reshape(-1)
+        flipped[name] = bad.flatten(1).any(1) if bad.ndim > 1 else bad
     return unmoved
 
 
