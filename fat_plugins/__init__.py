@@ -1,7 +1,14 @@
 """fat-plugins: low-bit quantization-aware training algorithms as plug-ins. The core knows no host framework."""
 
+import torch
+
+from fat_plugins.versions import TORCH
+
+TORCH.check(torch.__version__)  # before the imports that an older one fails in
+
 # before the functions of these names, which a later import would replace
 import fat_plugins.algorithms
+import fat_plugins.penalties
 import fat_plugins.rewrites  # noqa: F401
 from fat_plugins.config import CompressionConfig
 from fat_plugins.errors import CheckpointError, ConfigError, ExportError, FatPluginsError, HostError, QuantizationError
@@ -10,6 +17,7 @@ from fat_plugins.inspect import compare, summary
 from fat_plugins.kernels import get_backend, set_backend
 from fat_plugins.network import named_quantizers, param_groups, regularization, set_progress
 from fat_plugins.norms import reestimate_batch_norms
+from fat_plugins.penalties import Penalty, get_penalty, penalties
 from fat_plugins.quantizer import (
     ActivationQuantizer,
     Coordinator,
@@ -36,6 +44,7 @@ __all__ = [
     "FatPluginsError",
     "Figure",
     "HostError",
+    "Penalty",
     "Progress",
     "QuantizationError",
     "Quantizer",
@@ -51,10 +60,12 @@ __all__ = [
     "each_width",
     "get_algorithm",
     "get_backend",
+    "get_penalty",
     "get_rewrite",
     "get_weight_cache",
     "named_quantizers",
     "param_groups",
+    "penalties",
     "rebuild",
     "reestimate_batch_norms",
     "regularization",

@@ -131,7 +131,21 @@ def rewrites(as_json: Json = False) -> None:
     """List the rewrites: what a recipe can do to the float network before quantizers are placed."""
     from fat_plugins.rewrites import rewrites as registered
 
-    rows = [{k: getattr(r, k) for k in ("name", "title", "paper", "arxiv", "fidelity")} for r in registered().values()]
+    _list(registered(), as_json)
+
+
+@app.command()
+@_one_line_errors
+def penalties(as_json: Json = False) -> None:
+    """List the penalties: what a recipe can add to a loss to prepare for quantization."""
+    from fat_plugins.penalties import penalties as registered
+
+    _list(registered(), as_json)
+
+
+def _list(classes: dict[str, Any], as_json: bool) -> None:
+    """What classes by name say about their papers, as a table or JSON."""
+    rows = [{k: getattr(c, k) for k in ("name", "title", "paper", "arxiv", "fidelity")} for c in classes.values()]
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return

@@ -114,6 +114,6 @@ def measured(model: nn.Module, trainer: Trainer) -> dict[str, dict[str, float]]:
     found = {}
     for bits in widths(model):
         with at_bits(model, bits):
-            loss, accuracy = evaluate(model, trainer.data.validation_loader(), trainer.world)
+            loss, accuracy = evaluate(model, trainer.data.validation_loader(), trainer.world, trainer.data.task)
         found[str(bits)] = {"validation_loss": loss, "validation_accuracy": accuracy}
     return found

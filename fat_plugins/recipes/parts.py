@@ -1,4 +1,4 @@
-"""What recipes switch on in a training: averaged weights, a teacher, mixed precision."""
+"""What recipes switch on in a training: averaged weights, a teacher, a penalty, mixed precision."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from fat_plugins.errors import CheckpointError, ConfigError, nearest
 from fat_plugins.recipes.hooks import Part
 from fat_plugins.recipes.joint import JointStep
+from fat_plugins.recipes.penalty import PenaltyPart
 from fat_plugins.switchable_norms import norm_statistics
 from fat_plugins.switching import widths
 
@@ -178,6 +179,8 @@ def parts_of(section: TrainSection, model: nn.Module, teacher: nn.Module | None 
     if wanted is not None and teacher is not None:
         device = next(model.parameters()).device
         parts.append(Distillation(deepcopy(teacher).to(device), float(wanted.alpha), float(wanted.temperature)))
+    if section.penalty is not None:
+        parts.append(PenaltyPart(section.penalty.build(model)))
     joint, several = getattr(section, "joint", None), widths(model)
     if joint is not None and several:  # a baseline may have one width only
         parts.append(JointStep(joint, several))

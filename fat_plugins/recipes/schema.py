@@ -12,11 +12,12 @@ from torch import nn
 from fat_plugins.config import AlgorithmName, Section, is_plugin_section, split_sections
 from fat_plugins.errors import ConfigError, unknown
 from fat_plugins.explain import Expected, explain
-from fat_plugins.mixed import joint_name, parse_sections
+from fat_plugins.mixed import joint_name, parse_sections, refuse_undeployable
 from fat_plugins.recipes.data import DATASETS, Data
 from fat_plugins.recipes.joint import JointSection, check_joint
 from fat_plugins.recipes.models import MODELS, build_torchvision, check_model
 from fat_plugins.recipes.optim import OPTIMIZERS, check_options
+from fat_plugins.recipes.penalty import NamedPenalty, check_penalty
 from fat_plugins.recipes.rewriting import RewriteSection, RewriteSections, check_rewrites
 from fat_plugins.recipes.targets import FORMATS, Target, targets_of
 from fat_plugins.recipes.weights import is_file, load_weights, torchvision_weights
@@ -208,6 +209,7 @@ class TrainSection(Section):
         "noise, so that the statistics of training are those of another network.",
     )
     norm_batches: int = Field(32, ge=1, le=MAX_BATCH, description="Training batches that do so.")
+    penalty: NamedPenalty | None = Field(None, description="What joins the loss to prepare for quantization.")
 
 
 class StageTensor(Section):
@@ -353,6 +355,8 @@ class Recipe(BaseModel):
         names = [plugin_section(self.compression)["algorithm"], *(b.algorithm for b in self.baselines)]
         if len(set(names)) != len(names):
             raise ConfigError(f"baselines: {names[1:]} repeat each other or the recipe's own algorithm '{names[0]}'")
+        for key in ("pretrain", "training"):
+            check_penalty(getattr(self, key).penalty, f"{key}.penalty")
         for i, baseline in enumerate(self.baselines):
             get_algorithm(baseline.algorithm).parse_params(baseline.params, f"baselines.{i}.params")
             check_rewrites(baseline.rewrites or [], f"baselines.{i}.rewrites")
@@ -361,6 +365,8 @@ class Recipe(BaseModel):
             for i, stage in enumerate(self.training.stages):
                 config = self.config_for(variant, stage)
                 parsed = parse_sections([(f"{w} (training.stages.{i})", s) for w, s in plugin_sections(config)])
+                if self.export is not None:
+                    refuse_undeployable(parsed)
                 if variant is None and self.training.joint is not None:
                     check_joint(parsed)
 
