@@ -198,13 +198,15 @@ class PluginQuantizer(BaseQuantizer):
             self.set_levels()
 
     # -- forward and export ------------------------------------------------------------------------------------------
+    def forward(self, x: Tensor) -> Tensor:
+        # a disabled core is the identity, of which its hooks are told
+        return super().forward(x) if self._on or self.observing else self.core(x)
+
     def _forward_impl(self, x: Tensor) -> Tensor:
         if self.observing:
             with no_nncf_trace():
                 self.core.calibrate(x)
             return x
-        if not self._on:  # the identity, of which the core's hooks are told
-            return self.core(x)
         return super()._forward_impl(x)
 
     def quantize(self, x: Tensor, execute_traced_op_as_identity: bool = False) -> Tensor:
