@@ -1,5 +1,11 @@
 """fat-plugins: low-bit quantization-aware training algorithms as plug-ins. The core knows no host framework."""
 
+import torch
+
+from fat_plugins.versions import TORCH
+
+TORCH.check(torch.__version__)  # before the imports that an older one fails in
+
 # before the functions of these names, which a later import would replace
 import fat_plugins.algorithms
 import fat_plugins.penalties

@@ -6,14 +6,15 @@ which framework placed it, nor which target will run its codes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from fat_plugins.deprecation import moved
 from fat_plugins.errors import CheckpointError, QuantizationError, shown
 from fat_plugins.figures import Figure
 from fat_plugins.forms import Form, refuse_nonfinite
@@ -21,6 +22,7 @@ from fat_plugins.functional import keep_zeros
 from fat_plugins.reuse import Kept, Shared
 
 Role = Literal["weight", "activation"]
+ROLES: tuple[Role, ...] = ("weight", "activation")
 
 
 @dataclass(frozen=True)
@@ -548,6 +550,20 @@ class ActivationQuantizer(Quantizer):
         return self.nominal_form().scale
 
 
+class Calibration(Protocol):
+    """The host's calibration data, in the hands of a coordinator."""
+
+    def __call__(self, samples: int, turns: Sequence[Collection[Role]] = (ROLES,)) -> None:
+        """Pass about ``samples`` samples through the model as it stands, in evaluation mode and without gradient, show
+        their inputs to weight quantizers that want them, and restore the modes.
+
+        :param turns: each batch goes through the model once for every entry, which names the roles whose quantizers are
+            in force then; all others are disabled. ``((), ROLES)`` shows the inputs of the float network and of the
+            quantized one, batch by batch, whatever order the loader draws its samples in.
+        """
+        ...
+
+
 class Coordinator(nn.Module):
     """For methods that act on the whole network (stages, coupled losses, one bit budget). Host-agnostic.
 
@@ -558,16 +574,19 @@ class Coordinator(nn.Module):
     def __init__(self, layers: list[LayerQuantizers]) -> None:
         super().__init__()
         self.layers = layers
-        self._calibration: Callable[[int], None] | None = None
+        self._calibration: Calibration | None = None
 
-    def set_calibration(self, run: Callable[[int], None] | None) -> None:
-        """Give the coordinator the host's data.
-
-        :param run: ``run(samples)`` passes about that many samples of the calibration data through the model as it
-            stands, in evaluation mode and without gradient, shows their inputs to weight quantizers that want them, and
-            restores the modes.
-        """
+    def set_calibration(self, run: Calibration | None) -> None:
+        """Give the coordinator the host's data."""
         self._calibration = run
+
+    def begin(self) -> None:
+        """Everything is initialised but the batch norms, which the host may adapt afterwards: what a method does to a
+        network once, without training, it does here.
+
+        Adapters call it on a new model when they have data, before parameters are folded
+        (:meth:`WeightQuantizer.fold_into`); not on a model that is rebuilt from a saved state.
+        """
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_calibration": None}  # it belongs to the model that was copied
@@ -603,3 +622,7 @@ class LayerQuantizers:
     weight: WeightQuantizer | None = None
     input_activation: ActivationQuantizer | None = None
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+
+
+_MOVED = ("broadcast_state", "coordinators", "named_quantizers", "param_groups", "regularization", "set_progress")
+__getattr__ = moved(__name__, dict.fromkeys(_MOVED, "fat_plugins.network"), until="0.4")

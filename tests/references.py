@@ -479,6 +479,22 @@ def slb_weight(logits, scale, temperature, grad, hard):
     return out * scale[:, None], da
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# GPFQ
+# --------------------------------------------------------------------------------------------------------------------
+def gpfq_weight(w, step, bits, alphabet, mode, threshold):
+    """gpfq.md section 3: the quantizer Q of each mode on the weight itself (nothing is random there)."""
+    k = 2 ** (bits - 1) - (0 if alphabet == "authors" else 2 if mode == "l0" else 1)
+    magnitude = np.abs(w)
+    if mode == "l0":
+        above = np.minimum(np.floor((magnitude - threshold) / step + 0.5), k)
+        return np.where(magnitude > threshold, np.sign(w) * (threshold + step * above), 0.0)
+    if mode == "l1":
+        w = np.sign(w) * np.maximum(magnitude - threshold, 0)
+    codes = np.floor(w / step + 0.5)
+    return np.sign(codes) * np.minimum(np.abs(codes), k) * step
+
+
 def sdq_weight(w, alpha, bits, powers=False, tau=None, ratio=None, keep_zeros=False, grad=None):
     """sdq.md sections 3 and 4, with the gradient's factor of section 4; powers of two by their logarithm."""
     n = 2 ** (bits - 1) - 1

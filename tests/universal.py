@@ -23,6 +23,7 @@ from references import (
     dorefa_weight,
     fat_activation,
     fat_weight,
+    gpfq_weight,
     lq_nets_weight,
     lsq,
     lsq_plus_activation,
@@ -64,6 +65,7 @@ CONV = LAYERS[0]
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "apot": [{}, {"restore_scale": True, "alpha": 2.0, "activation_alpha": 2.0}],
     "bitat": [{}, {"alpha": "mean_abs"}],
+    "cfws": [{}, {"score": "standard", "unsigned_levels": 128}],
     "direct": [
         {},
         {"levels": "tied", "channel_cap": 3.0},
@@ -78,6 +80,12 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"variant": "imagenet"},
         {"levels": "power_of_two", "variant": "imagenet", "restore_scale": True},
         {"restore_scale": True, "activation_alpha": 2.0},
+    ],
+    "gpfq": [
+        {},
+        {"alphabet": "authors", "radius": 0.9},
+        {"mode": "l1", "lambda_": 0.02},
+        {"radius": None, "mode": "stochastic"},
     ],
     "daq": [{}, {"step_index": "bits", "sigma_bits": 4}],
     "lq_nets": [{}, {"init": "authors"}],
@@ -115,6 +123,8 @@ TRANSFORMS_WEIGHTS = {"apot", "fat", "dorefa", "one_model_for_all", "pact"}
 FREE_THRESHOLDS = {"quantization_networks"}
 #: zero does not count among the 2^b levels of their weights: it is stored as sparsity
 ZERO_ON_TOP = {"squantizer"}
+#: options that have two levels more than the bits hold, which takes one bit more
+ONE_BIT_MORE = ("authors",)
 #: these have a gradient of zero for the weights that they prune themselves
 OWN_MASK = {"squantizer"}
 #: statistics of a weight leave out the zeros of a sparsity algorithm, so its clip depends on them
@@ -276,6 +286,14 @@ def _minmax_activation(quantizer, x, grad):
     return r["vq"], grad * inside, {}
 
 
+def _cfws_activation(quantizer, x, grad):
+    b, threshold = quantizer.spec.bits, quantizer.threshold.item()
+    n = 2 ** (b - 1) - 1 if quantizer.signed else 2**b - 1
+    r = lsq(x, threshold / n, -n if quantizer.signed else 0, n, grad=grad)
+    inside = (x >= (-threshold if quantizer.signed else 0)) & (x <= threshold)
+    return r["vq"], grad * inside, {}
+
+
 def _bitat_weight(quantizer, x, grad):
     axis, learned = quantizer.spec.channel_axis, quantizer.params.alpha == "learned"
     rows = np.moveaxis(x, axis, 0)
@@ -418,6 +436,12 @@ def _slb_weight(quantizer, x, grad):
     return np.moveaxis(out.reshape(rows.shape), 0, quantizer.spec.channel_axis), np.zeros_like(x), {"logits": da}
 
 
+def _gpfq_weight(quantizer, x, grad):
+    params, bits = quantizer.params, quantizer.spec.bits
+    step = quantizer.step.numpy().reshape([-1 if i == quantizer.spec.channel_axis else 1 for i in range(x.ndim)])
+    return gpfq_weight(x, step, bits, params.alphabet, params.mode, params.lambda_), grad, {}
+
+
 def _daq_weight(quantizer, x, grad):
     return daq_weight(x, quantizer.spec.bits, quantizer.params.step_index == "bits"), grad, {}
 
@@ -460,6 +484,8 @@ REFERENCES = {
     ("one_model_for_all", "activation"): _one_model_activation,
     ("daq", "weight"): _daq_weight,
     ("daq", "activation"): _daq_activation,
+    ("gpfq", "weight"): _gpfq_weight,
+    ("gpfq", "activation"): _minmax_activation,
     ("apot", "weight"): _apot_weight,
     ("apot", "activation"): _apot_activation,
     ("lq_nets", "weight"): _lq_nets_weight,
@@ -470,6 +496,8 @@ REFERENCES = {
     ),
     ("squantizer", "weight"): _squantizer_weight,
     ("squantizer", "activation"): _pact_activation,
+    ("cfws", "weight"): _minmax_weight,
+    ("cfws", "activation"): _cfws_activation,
     ("bitat", "weight"): _bitat_weight,
     ("bitat", "activation"): _bitat_activation,
     ("dropbits", "weight"): _dropbits,
@@ -521,6 +549,8 @@ def scale_invariant(case: Case) -> bool:
     if case.role == "activation":
         return not clip_is_given(case)
     if case.params.get("init") in ("authors", "he"):  # constants for training from scratch
+        return False
+    if "lambda_" in case.params:  # a threshold in units of the weights
         return False
     # tanh is no linear function
     return case.params.get("transform") != "uniquant" and case.algorithm not in ("dorefa", "pact")

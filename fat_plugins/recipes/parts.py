@@ -14,8 +14,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fat_plugins.errors import CheckpointError, ConfigError, nearest
 from fat_plugins.recipes.hooks import Part
+from fat_plugins.recipes.joint import JointStep
 from fat_plugins.recipes.penalty import PenaltyPart
 from fat_plugins.switchable_norms import norm_statistics
+from fat_plugins.switching import widths
 
 if TYPE_CHECKING:
     from fat_plugins.recipes.schema import TrainSection
@@ -179,6 +181,9 @@ def parts_of(section: TrainSection, model: nn.Module, teacher: nn.Module | None 
         parts.append(Distillation(deepcopy(teacher).to(device), float(wanted.alpha), float(wanted.temperature)))
     if section.penalty is not None:
         parts.append(PenaltyPart(section.penalty.build(model)))
+    joint, several = getattr(section, "joint", None), widths(model)
+    if joint is not None and several:  # a baseline may have one width only
+        parts.append(JointStep(joint, several))
     if section.ema is not None:
         parts.append(WeightAverage(model, float(section.ema.decay)))
     return parts

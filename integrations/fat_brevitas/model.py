@@ -15,6 +15,7 @@ from torch import nn
 from fat_brevitas.calibration import (
     Batches,
     Pass,
+    adapt_batch_norms,
     calibrate,
     calibrate_weights,
     call,
@@ -26,7 +27,7 @@ from fat_brevitas.config import Plan, parse_config
 from fat_brevitas.coordinators import COORDINATORS, attach, layers_of_graph
 from fat_brevitas.placement import Placement, detach_pruned, install, trace
 from fat_plugins.errors import CheckpointError, ConfigError, HostError
-from fat_plugins.network import coordinators, named_quantizers
+from fat_plugins.network import begin, coordinators, named_quantizers
 from fat_plugins.scopes import as_list
 from fat_plugins.switching import follow_quantizers
 
@@ -102,6 +103,8 @@ def quantize(
     calibrate_weights(result)
     if batches is not None:
         calibrate(result, batches, plan)
+        begin(result)
+        adapt_batch_norms(result, batches, plan)
     fold_weights(result)
     return result.train(model.training)
 

@@ -200,7 +200,7 @@ class PluginQuantizer(BaseQuantizer):
     # -- forward and export ------------------------------------------------------------------------------------------
     def forward(self, x: Tensor) -> Tensor:
         # a disabled core is the identity, of which its hooks are told
-        return super().forward(x) if self._on else self.core(x)
+        return super().forward(x) if self._on or self.observing else self.core(x)
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         if self.observing:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,8 @@ from fat_nncf.modern_hooks import (
     storage_of,
 )
 from fat_nncf.modern_placement import Point
+from fat_plugins.network import in_force
+from fat_plugins.quantizer import ROLES, Role
 from fat_plugins.switching import each_width
 
 #: batches that initialise quantizers which want data and not a range
@@ -95,14 +97,16 @@ class Pass:
         self._model, self._batches = model, batches
 
     @torch.no_grad()
-    def __call__(self, samples: int) -> None:
-        """About ``samples`` samples."""
+    def __call__(self, samples: int, turns: Sequence[Collection[Role]] = (ROLES,)) -> None:
+        """See :class:`fat_plugins.quantizer.Calibration`."""
         modes = {m: m.training for m in self._model.modules()}
         try:
             self._model.eval()
             with _showing_inputs(self._model):
                 for inputs in self._batches.take(-(-samples // max(self._batches.batch_size, 1))):
-                    call(self._model, inputs)
+                    for roles in turns:
+                        with in_force(self._model, roles):
+                            call(self._model, inputs)
         finally:
             for module, training in modes.items():
                 module.training = training
