@@ -12,8 +12,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fat_plugins.functional import uniform_codes
-
 #: elements of a batch that are looked at, and candidates between nothing and the largest value
 SAMPLES, CANDIDATES = 16384, 100
 
@@ -32,11 +30,6 @@ def best_clip(x: Tensor, quantize: Callable[[Tensor, Tensor], Tensor]) -> float:
     clips = torch.arange(1, CANDIDATES + 1, device=x.device, dtype=flat.dtype) / CANDIDATES
     errors = [(quantize(flat, clip) - flat).square_().mean() for clip in clips]
     return float(clips[int(torch.stack(errors).argmin())]) * float(largest)
-
-
-def best_step(x: Tensor, low: int, high: int) -> float:
-    """The same for the step of a grid of the integers ``low .. high``, whose clip is ``high`` steps."""
-    return best_clip(x, lambda v, clip: uniform_codes(v, clip / high, low, high) * (clip / high)) / high
 
 
 class ClipSearch:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fat_plugins.clipping import best_clip
 from fat_plugins.kernels import evaluate, get_backend, set_backend, total, wide  # noqa: F401 (their old home)
 
 
@@ -260,6 +261,17 @@ def level_quantize(
 # --------------------------------------------------------------------------------------------------------------------
 # small helpers
 # --------------------------------------------------------------------------------------------------------------------
+def best_step(x: Tensor, low: int, high: int) -> float:
+    """The step with the least mean squared error on ``x``, for a grid of the integers ``low .. high``; see
+    :func:`fat_plugins.clipping.best_clip`, of which it is the ``high``-th part."""
+
+    def quantized(values: Tensor, clip: Tensor) -> Tensor:
+        step = clip / high
+        return uniform_codes(values, step, low, high) * step
+
+    return best_clip(x, quantized) / high
+
+
 class _GradScale(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, factor):

@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fat_plugins.clipping import best_step
 from fat_plugins.forms import Form, UniformGrid
-from fat_plugins.functional import uniform_codes, wide
+from fat_plugins.functional import best_step, uniform_codes, wide
 from fat_plugins.quantizer import ActivationQuantizer, FrozenTensor, Params, TensorSpec, WeightQuantizer
 
 _LOWEST, _HIGHEST = 1e-12, 1e36  # of alpha; an all-zero tensor would give 0 (section 10.10)
