@@ -43,8 +43,11 @@ ELSEWHERE = ("minmax", "cfws", "daq", "one_model_for_all")
 METHODS = [FLOAT, *(a for a in algorithms() if a not in ELSEWHERE), BREVITAS, NNCF]
 #: options that a method needs to be comparable, beside its defaults
 PARAMS: dict[str, dict[str, Any]] = {
-    "pact": {"alpha": None}, "squantizer": {"alpha": None}, "sdq": {"alpha": "mse", "activation_alpha": "mse"},
-}  # fmt: skip
+    "pact": {"alpha": None},
+    "sdq": {"alpha": "mse", "activation_alpha": "mse"},
+    "slb": {"alpha": None, "optimizer": "sgd"},
+    "squantizer": {"alpha": None},
+}
 BATCH = 64
 _TIMED_STEPS = 12
 
