@@ -39,7 +39,9 @@ TASKS: dict[str, tuple[DataSection, ModelSection, int, int]] = {
 FLOAT, BREVITAS, NNCF = "float", "brevitas-own", "nncf-own"
 METHODS = [FLOAT, *(a for a in algorithms() if a != "minmax"), BREVITAS, NNCF]
 #: options that a method needs to be comparable, beside its defaults
-PARAMS: dict[str, dict[str, Any]] = {"pact": {"alpha": None}, "squantizer": {"alpha": None}}
+PARAMS: dict[str, dict[str, Any]] = {
+    "pact": {"alpha": None}, "squantizer": {"alpha": None}, "sdq": {"alpha": "mse", "activation_alpha": "mse"},
+}  # fmt: skip
 BATCH = 64
 _TIMED_STEPS = 12
 

@@ -70,7 +70,7 @@ def load_run(directory: Path, which: str | None = None) -> LoadedRun:
     data, host = recipe.data.build(), get_host(recipe.host)
     torch.manual_seed(0)
     model = recipe.model.build(data)
-    check_fit(model, recipe.model.name, data.example, data.classes)
+    check_fit(model, recipe.model.name, data.example, data.output_shape)
     try:
         with contents_of(str(path)):
             rebuild(model, checkpoint.rewrites)

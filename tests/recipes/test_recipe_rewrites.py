@@ -83,7 +83,7 @@ def test_a_checkpoint_with_other_records_is_refused(load, text, tmp_path):
     stored = load_checkpoint(path)
     for records, message in (
         ([{**stored.rewrites[0], "changed": {"stem.9": {}}}], "rewrites.0: the model has no layer 'stem.9'"),
-        ([{**stored.rewrites[0], "name": "quarters"}], "rewrites.0.name: unknown rewrite 'quarters'"),
+        ([{**stored.rewrites[0], "name": "quarters"}], "rewrites.0: unknown rewrite 'quarters'"),
         ([], "belongs to another model"),
         ({}, "rewrites in its description: expected a list"),
     ):
