@@ -59,7 +59,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "fat_plugins.report": (),
 }  # fmt: skip
 HOSTS = {"nncf": "fat_nncf", "brevitas": "fat_brevitas"}
-GROUPS = ("fat_plugins.algorithms", "fat_plugins.rewrites", "fat_plugins.hosts")
+GROUPS = ("fat_plugins.algorithms", "fat_plugins.rewrites", "fat_plugins.penalties", "fat_plugins.hosts")
 #: new names of these sections need no new list: they have pages of their own
 OPEN = ("entry points",)
 #: fat_brevitas makes such names for every algorithm; those of one stand for all
