@@ -73,7 +73,7 @@ def test_rewrites_are_listed():
     rows = json.loads(call("rewrites", "--json").stdout)
     assert [r["name"] for r in rows] == list(rewrites()) and "cfws" in rewrites()
     table = call("rewrites").stdout
-    assert all(r["name"] in table and r["title"] in table for r in rows)
+    assert all(r["name"] in table and r["arxiv"] in table for r in rows)
 
 
 def test_algorithms_json():
