@@ -76,7 +76,7 @@ def run(task: str, row: str, seed: int, epochs: int) -> dict[str, float]:
 
 
 def table(task: str, cells: dict[str, dict[str, float]], seeds: list[int]) -> str:
-    """Rows of one task in Markdown: mean (lowest to highest) in percent."""
+    """Rows of one task in Markdown: mean (lowest to highest of several seeds) in percent."""
     columns = ["float", *map(str, WIDTHS)]
     lines = [f"| {task} | float | {' | '.join(f'{b}/{b}' for b in WIDTHS)} |", "|---" * (len(columns) + 1) + "|"]
     for row in ROWS:
@@ -85,7 +85,8 @@ def table(task: str, cells: dict[str, dict[str, float]], seeds: list[int]) -> st
             texts = []
             for column in columns:
                 values = [100 * f[column] for f in found]
-                texts.append(f"{mean(values):.1f} ({min(values):.1f} to {max(values):.1f})")
+                spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+                texts.append(f"{mean(values):.1f}{spread}")
             lines.append(f"| {row} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
