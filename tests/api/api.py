@@ -47,6 +47,8 @@ MODULES: dict[str, tuple[str, ...]] = {
     "fat_plugins.clipping": ("best_clip", "ClipSearch"),
     "fat_plugins.placed": (),
     "fat_plugins.rewrites": (),
+    "fat_plugins.penalties": (),
+    "fat_plugins.switching": ("widths", "set_active_bits", "at_bits", "each_width"),
     "fat_plugins.deprecation": ("deprecated", "moved", "warn"),
     "fat_plugins.export.openvino": ("export", "description", "read_model", "Kernel", "kernels", "execute"),
     "fat_plugins.export.qonnx": ("export", "verify", "execute"),
@@ -56,10 +58,13 @@ MODULES: dict[str, tuple[str, ...]] = {
     "fat_plugins.recipes": (),
     "fat_plugins.recipes.hosts": ("Host", "get_host"),
     "fat_plugins.recipes.targets": ("Target",),
+    "fat_plugins.recipes.nets_repvgg": ("RepVGG",),
     "fat_plugins.report": (),
 }  # fmt: skip
 HOSTS = {"nncf": "fat_nncf", "brevitas": "fat_brevitas"}
-GROUPS = ("fat_plugins.algorithms", "fat_plugins.rewrites", "fat_plugins.hosts")
+#: parts of them that are imported by themselves
+PARTS = {"fat_brevitas": ("fat_brevitas.gpfq",)}
+GROUPS = ("fat_plugins.algorithms", "fat_plugins.rewrites", "fat_plugins.penalties", "fat_plugins.hosts")
 #: new names of these sections need no new list: they have pages of their own
 OPEN = ("entry points",)
 #: fat_brevitas makes such names for every algorithm; those of one stand for all
@@ -191,7 +196,9 @@ def describe_host(module: str) -> dict[str, Any]:
 def current() -> dict[str, Any]:
     """The public API of what is installed, by section."""
     found = {name: describe_module(name, names) for name, names in MODULES.items()}
-    found |= {section: describe_host(module) for module, section in hosts()}
+    for module, section in hosts():
+        found[section] = describe_host(module)
+        found |= {part: describe_module(part) for part in PARTS.get(module, ())}
     found["command line"] = commands()
     points = {g: {p.name: "entry point" for p in entry_points(group=g) if _ours(p)} for g in GROUPS}
     return {**found, "entry points": points}

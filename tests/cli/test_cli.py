@@ -13,7 +13,18 @@ from fat_plugins.errors import HostError
 from fat_plugins.recipes.deploy import Deployment, LayerRow
 from fat_plugins.recipes.report import RunReport, VariantResult
 
-COMMANDS = ("algorithms", "penalties", "train", "export", "verify", "report", "summary", "demo", "convert")
+COMMANDS = (
+    "algorithms",
+    "rewrites",
+    "penalties",
+    "train",
+    "export",
+    "verify",
+    "report",
+    "summary",
+    "demo",
+    "convert",
+)
 
 
 def call(*args):
@@ -54,6 +65,15 @@ def test_algorithms_table_lists_all():
         assert algorithm.arxiv in result.stdout
     assert "2102.07444" in result.stdout
     assert "2 to 8 bit" in result.stdout
+
+
+def test_rewrites_are_listed():
+    from fat_plugins import rewrites
+
+    rows = json.loads(call("rewrites", "--json").stdout)
+    assert [r["name"] for r in rows] == list(rewrites()) and "cfws" in rewrites()
+    table = call("rewrites").stdout
+    assert all(r["name"] in table and r["title"] in table for r in rows)
 
 
 def test_algorithms_json():

@@ -39,7 +39,7 @@ def quantizers(path: Path) -> None:
             continue
         quantizer, x = made(case)
         known[name] = case
-        tensors[f"{name}/input"] = x
+        tensors.setdefault(f"{quantizer.role} input", x)  # the same for all
         tensors |= {f"{name}/state/{k}": v.contiguous().clone() for k, v in quantizer.state_dict().items()}
         tensors |= {f"{name}/{k}": v.clone() for k, v in answers(quantizer, x).items()}
     path.write_bytes(save(tensors, metadata={"cases": json.dumps(known)}))

@@ -28,7 +28,7 @@ TENSORS = {v: load_file(kept.CHECKPOINTS / v / "quantizers.safetensors") for v i
 
 
 def stored(version, name):
-    """Tensors of one quantizer: its state, and what it was shown and answered."""
+    """Tensors of one quantizer: its state, and what it answered."""
     tensors = {k.removeprefix(f"{name}/"): v for k, v in TENSORS[version].items() if k.startswith(f"{name}/")}
     state = {k.removeprefix("state/"): v for k, v in tensors.items() if k.startswith("state/")}
     return state, tensors
@@ -48,7 +48,7 @@ def test_state_of_a_quantizer_loads(key):
     state, wanted = stored(version, name)
     quantizer = kept.build(case).eval()
     quantizer.load_state_dict({k: v.clone() for k, v in state.items()})
-    found = kept.answers(quantizer, wanted["input"])
+    found = kept.answers(quantizer, TENSORS[version][f"{quantizer.role} input"])
     assert torch.equal(found["codes"], wanted["codes"])
     torch.testing.assert_close(found["out"], wanted["out"], rtol=1e-6, atol=1e-7)
 
