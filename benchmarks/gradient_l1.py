@@ -9,17 +9,20 @@ quantized without any training at each width. Rows differ in weight decay and in
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Annotated
 
 import fat_brevitas
 import torch
 import typer
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from benchmarks.method_comparison.cells import BATCH, TASKS
+from fat_plugins.penalties import get_penalty
 from fat_plugins.recipes.data import Data
 from fat_plugins.recipes.parts import parts_of
 from fat_plugins.recipes.penalty import PenaltySection
@@ -73,7 +76,7 @@ def run(task: str, row: str, seed: int, epochs: int) -> dict[str, float]:
 
 
 def table(task: str, cells: dict[str, dict[str, float]], seeds: list[int]) -> str:
-    """Rows of one task in Markdown: mean (lowest to highest) in percent."""
+    """Rows of one task in Markdown: mean (lowest to highest of several seeds) in percent."""
     columns = ["float", *map(str, WIDTHS)]
     lines = [f"| {task} | float | {' | '.join(f'{b}/{b}' for b in WIDTHS)} |", "|---" * (len(columns) + 1) + "|"]
     for row in ROWS:
@@ -82,9 +85,25 @@ def table(task: str, cells: dict[str, dict[str, float]], seeds: list[int]) -> st
             texts = []
             for column in columns:
                 values = [100 * f[column] for f in found]
-                texts.append(f"{mean(values):.1f} ({min(values):.1f} to {max(values):.1f})")
+                spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+                texts.append(f"{mean(values):.1f}{spread}")
             lines.append(f"| {row} | {' | '.join(texts)} |")
     return "\n".join(lines)
+
+
+def cost(task: str) -> float:
+    """Processor time of a step with the penalty over that of one without, medians of steps that alternate."""
+    data = TASKS[task][0].build()
+    images, labels = (t[:BATCH] for t in data.train.tensors)
+    models = [TASKS[task][1].build(data).train() for _ in range(2)]
+    penalty = get_penalty("gradient_l1")(models[1])
+    steps: tuple[list[float], list[float]] = ([], [])
+    for _ in range(12):
+        for model, wrap, found in zip(models, (lambda loss: loss, penalty), steps, strict=True):
+            start = time.process_time()
+            wrap(cross_entropy(model(images), labels)).backward()
+            found.append(time.process_time() - start)
+    return median(steps[1]) / median(steps[0])
 
 
 def main(
@@ -108,7 +127,8 @@ def main(
                     temporary.write_text(json.dumps(cells, indent=1))
                     temporary.replace(results)
                     typer.echo(f"{key}: {cells[key]}", err=True)
-        typer.echo(table(t, cells, seeds) + "\n")
+        typer.echo(table(t, cells, seeds))
+        typer.echo(f"\nA step with the penalty takes {cost(t):.1f} times the processor time of one without.\n")
 
 
 if __name__ == "__main__":

@@ -164,8 +164,8 @@ class WeightTensorQuant(_Wrapper):
                 self._warn_alone()
         elif not self._ready:
             raise QuantizationError(f"{spec.name}: run the whole weight through the quantizer before a slice of it")
-        if not self.quantizer.enabled:
-            return x, None, None, None
+        if not self.quantizer.enabled:  # the identity, of which its hooks are told
+            return self.quantizer(x), None, None, None
         value = self._delayed(x, self.quantizer(x))
         if self.container is None:
             return value, None, None, None
