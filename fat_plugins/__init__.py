@@ -1,5 +1,11 @@
 """fat-plugins: low-bit quantization-aware training algorithms as plug-ins. The core knows no host framework."""
 
+import torch
+
+from fat_plugins.versions import TORCH
+
+TORCH.check(torch.__version__)  # before the imports that an older one fails in
+
 # before the functions of these names, which a later import would replace
 import fat_plugins.algorithms
 import fat_plugins.penalties
@@ -23,6 +29,7 @@ from fat_plugins.quantizer import (
 from fat_plugins.registry import Algorithm, algorithms, get_algorithm
 from fat_plugins.reuse import accumulate, get_weight_cache, set_weight_cache
 from fat_plugins.rewrites import Rewrite, RewriteReport, get_rewrite, rebuild, rewrite, rewrites
+from fat_plugins.switching import at_bits, each_width, set_active_bits, widths
 
 __version__ = "0.1.0"
 
@@ -48,7 +55,9 @@ __all__ = [
     "__version__",
     "accumulate",
     "algorithms",
+    "at_bits",
     "compare",
+    "each_width",
     "get_algorithm",
     "get_backend",
     "get_penalty",
@@ -62,8 +71,10 @@ __all__ = [
     "regularization",
     "rewrite",
     "rewrites",
+    "set_active_bits",
     "set_backend",
     "set_progress",
     "set_weight_cache",
     "summary",
+    "widths",
 ]

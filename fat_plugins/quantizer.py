@@ -14,7 +14,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from fat_plugins.errors import CheckpointError, QuantizationError
+from fat_plugins.deprecation import moved
+from fat_plugins.errors import CheckpointError, QuantizationError, shown
 from fat_plugins.figures import Figure
 from fat_plugins.forms import Form, refuse_nonfinite
 from fat_plugins.functional import keep_zeros
@@ -97,6 +98,13 @@ def module_geometry(layer: nn.Module) -> dict[str, Any]:
     return conv_geometry(kernel, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
+def check_width(bits: int, widths: Sequence[int], where: str) -> None:
+    """:raises QuantizationError: ``bits`` is none of ``widths``; ``where`` says whose they are."""
+    if type(bits) is not int or bits not in widths:
+        allowed = ", ".join(str(b) for b in widths)
+        raise QuantizationError(f"{where}: it does not compute at {shown(bits)} bits; allowed: {allowed}")
+
+
 @dataclass
 class Progress:
     """Where training stands. Driven by the host's scheduler, saved with the checkpoint, never counted in forwards.
@@ -143,6 +151,8 @@ class Quantizer(nn.Module):
         self.spec = spec
         self.params = params
         self.enabled = True
+        #: the one of :attr:`widths` that it computes at; a mode like ``training``, no part of the state dict
+        self.active_bits = spec.bits
         self._lr_multiplier: float | None = None
         self._lr_hooks: list[Any] = []
         self.register_buffer("status", torch.tensor([self.state_version, 0, int(bool(spec.signed))]))
@@ -162,8 +172,23 @@ class Quantizer(nn.Module):
 
     @property
     def bits(self) -> int:
-        """Bit width in force: that of the deployed form. Below ``spec.bits`` where an algorithm has learned it."""
-        return self.spec.bits
+        """Bit width in force: that of the deployed form. Below ``spec.bits`` where an algorithm has learned it, the
+        active one where it has several."""
+        return self.active_bits
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The bit widths that it can compute at, descending; one but for algorithms of several, whose parameters serve
+        all of them. ``spec.bits`` is among them: it is active at first, and after the model was rebuilt."""
+        return (self.spec.bits,)
+
+    def set_active_bits(self, bits: int) -> None:
+        """Compute at another of :attr:`widths` from now on. For a whole model: :func:`fat_plugins.set_active_bits`.
+
+        :raises QuantizationError: ``bits`` is none of them.
+        """
+        check_width(bits, self.widths, self.spec.name or self.role)
+        self.active_bits = bits
 
     @property
     def noisy(self) -> bool:
@@ -271,7 +296,8 @@ class Quantizer(nn.Module):
 
     def extra_repr(self) -> str:
         spec = self.spec
-        parts = [spec.name or self.role, f"bits={self.bits}"]
+        several = f" of {list(self.widths)}" if len(self.widths) > 1 else ""
+        parts = [spec.name or self.role, f"bits={self.bits}{several}"]
         if self.algorithm:
             parts.insert(1, self.algorithm)
         if spec.shape:
@@ -596,3 +622,7 @@ class LayerQuantizers:
     weight: WeightQuantizer | None = None
     input_activation: ActivationQuantizer | None = None
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+
+
+_MOVED = ("broadcast_state", "coordinators", "named_quantizers", "param_groups", "regularization", "set_progress")
+__getattr__ = moved(__name__, dict.fromkeys(_MOVED, "fat_plugins.network"), until="0.4")

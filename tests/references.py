@@ -121,6 +121,42 @@ def lsq_step(v, high):
     return 2 * np.abs(v).mean() / np.sqrt(high)
 
 
+def haar_matrix(n, levels):
+    """Analysis matrices of the bands ``[low, high_1, ...]`` of ``n`` numbers (one_model_for_all.md section 3): an odd
+    length is padded with a zero."""
+    low, bands = np.eye(n), []
+    for _ in range(levels):
+        if len(low) % 2:
+            low = np.vstack([low, np.zeros((1, n))])
+        bands.append((low[0::2] - low[1::2]) / np.sqrt(2))
+        low = (low[0::2] + low[1::2]) / np.sqrt(2)
+    return [low, *bands]
+
+
+def one_model_weight(w, bits, step, gains=None, groups=1, grad=None):
+    """one_model_for_all.md sections 3 and 4, two bits and more, for filters along the first axis: ``gains`` has one
+    number per band, or a row of them per filter. Gradients of weight, step and gains."""
+    inputs = w.shape[1] // groups if w.ndim > 1 else 1
+    blocks = w.reshape(len(w), groups, inputs, -1)
+    mix = np.broadcast_to(np.eye(inputs), (len(w), inputs, inputs))
+    if gains is not None:
+        bands = haar_matrix(inputs, np.shape(gains)[-1] - 1)
+        each = np.broadcast_to(gains, (len(w), len(bands)))
+        mix = np.stack([sum(g * band.T @ band for g, band in zip(row, bands, strict=True)) for row in each])
+    latent = np.einsum("cij,cgjs->cgis", mix, blocks).reshape(w.shape)
+    high = 2 ** (bits - 1) - 1
+    s = np.reshape(step, [-1] + [1] * (w.ndim - 1))
+    r = lsq(latent, s, -high - 1, high, 1 / np.sqrt(w.size / np.size(step) * high), grad)
+    dlatent = r["dv"].reshape(blocks.shape)
+    dgains = None
+    if gains is not None:
+        inner = [np.einsum("kj,cgjs->cgks", b, blocks) * np.einsum("kj,cgjs->cgks", b, dlatent) for b in bands]
+        dgains = np.stack([i.sum((1, 2, 3)) for i in inner], 1)
+        dgains = dgains if np.ndim(gains) > 1 else dgains.sum(0)
+    dw = np.einsum("cji,cgjs->cgis", mix, dlatent).reshape(w.shape)
+    return r["vq"], dw, r["ds"].reshape(-1), dgains
+
+
 def minmax_weight(w, bits, axis=0, per_channel=True):
     n = 2 ** (bits - 1) - 1
     over = tuple(i for i in range(w.ndim) if i != axis) if per_channel else None

@@ -28,6 +28,7 @@ from references import (
     lsq,
     lsq_plus_activation,
     minmax_weight,
+    one_model_weight,
     pact,
     sdq_activation,
     sdq_weight,
@@ -64,6 +65,7 @@ CONV = LAYERS[0]
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "apot": [{}, {"restore_scale": True, "alpha": 2.0, "activation_alpha": 2.0}],
     "bitat": [{}, {"alpha": "mean_abs"}],
+    "cfws": [{}, {"score": "standard", "unsigned_levels": 128}],
     "direct": [
         {},
         {"levels": "tied", "channel_cap": 3.0},
@@ -88,6 +90,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "daq": [{}, {"step_index": "bits", "sigma_bits": 4}],
     "lq_nets": [{}, {"init": "authors"}],
     "minmax": [{}, {"momentum": 0.5}],
+    "one_model_for_all": [{}, {"levels": 2, "gains": "channel_band"}, {"gains": "fixed"}],
     "dropbits": [
         {},
         {"normalization": "raw", "mask": "none"},
@@ -115,7 +118,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "squantizer": [{}, {"grid": "aligned"}, {"sigma": 0.6, "alpha": None}, {"sigma": None, "alpha": 3.0}],
 }
 #: these keep tensors of their own transformation for the backward
-TRANSFORMS_WEIGHTS = {"apot", "fat", "dorefa", "pact"}
+TRANSFORMS_WEIGHTS = {"apot", "fat", "dorefa", "one_model_for_all", "pact"}
 #: a level need not lie between the thresholds of its own cell, so these are not idempotent on activations
 FREE_THRESHOLDS = {"quantization_networks"}
 #: zero does not count among the 2^b levels of their weights: it is stored as sparsity
@@ -283,6 +286,14 @@ def _minmax_activation(quantizer, x, grad):
     return r["vq"], grad * inside, {}
 
 
+def _cfws_activation(quantizer, x, grad):
+    b, threshold = quantizer.spec.bits, quantizer.threshold.item()
+    n = 2 ** (b - 1) - 1 if quantizer.signed else 2**b - 1
+    r = lsq(x, threshold / n, -n if quantizer.signed else 0, n, grad=grad)
+    inside = (x >= (-threshold if quantizer.signed else 0)) & (x <= threshold)
+    return r["vq"], grad * inside, {}
+
+
 def _bitat_weight(quantizer, x, grad):
     axis, learned = quantizer.spec.channel_axis, quantizer.params.alpha == "learned"
     rows = np.moveaxis(x, axis, 0)
@@ -445,7 +456,32 @@ def _daq_activation(quantizer, x, grad):
     return mean + daq_mid_rise(x - mean, step, half), grad, {}
 
 
+def _one_model_weight(quantizer, x, grad):
+    """All rows of the parameters but that of the width get a gradient of zero."""
+    b, axis, row = quantizer.active_bits, quantizer.spec.channel_axis, quantizer.widths.index(quantizer.active_bits)
+    parameters = {n: p.detach().numpy() for n, p in quantizer.named_parameters()}
+    gains = parameters["gains"][row] if "gains" in parameters else None
+    rows, by_rows = np.moveaxis(x, axis, 0), np.moveaxis(grad, axis, 0)
+    out, dx, dstep, dgains = one_model_weight(rows, b, parameters["step"][row], gains, quantizer._groups, by_rows)
+    gradients = {n: np.zeros_like(p) for n, p in parameters.items()}
+    gradients["step"][row] = dstep
+    if gains is not None:
+        gradients["gains"][row] = dgains
+    return np.moveaxis(out, 0, axis), np.moveaxis(dx, 0, axis), gradients
+
+
+def _one_model_activation(quantizer, x, grad):
+    b, row = quantizer.active_bits, quantizer.widths.index(quantizer.active_bits)
+    low, high = (-(2 ** (b - 1)), 2 ** (b - 1) - 1) if quantizer.signed else (0, 2**b - 1)
+    r = lsq(x, quantizer.step[row].item(), low, high, 1 / np.sqrt(x.size / x.shape[0] * high), grad)
+    dstep = np.zeros(len(quantizer.widths))
+    dstep[row] = r["ds"]
+    return r["vq"], r["dv"], {"step": dstep}
+
+
 REFERENCES = {
+    ("one_model_for_all", "weight"): _one_model_weight,
+    ("one_model_for_all", "activation"): _one_model_activation,
     ("daq", "weight"): _daq_weight,
     ("daq", "activation"): _daq_activation,
     ("gpfq", "weight"): _gpfq_weight,
@@ -460,6 +496,8 @@ REFERENCES = {
     ),
     ("squantizer", "weight"): _squantizer_weight,
     ("squantizer", "activation"): _pact_activation,
+    ("cfws", "weight"): _minmax_weight,
+    ("cfws", "activation"): _cfws_activation,
     ("bitat", "weight"): _bitat_weight,
     ("bitat", "activation"): _bitat_activation,
     ("dropbits", "weight"): _dropbits,

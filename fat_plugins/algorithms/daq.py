@@ -27,6 +27,11 @@ STEPS = (2.0, 1.596, 0.996, 0.586, 0.335, 0.188, 0.104, 0.057, 0.031)
 _FLOOR, _CEILING = 1e-12, 1e36
 #: a calibrated mean is at most so many steps away from zero
 _MOST_STEPS = 1024
+#: why dynamic activations cannot be exported
+_NO_FILE = (
+    "daq's dynamic activations have a range per image and channel, which no file can hold; set params.dynamic: false "
+    "to deploy the statistics of calibration"
+)
 
 
 class DAQParams(Params):
@@ -290,10 +295,7 @@ class DAQActivation(ActivationQuantizer):
         :raises ExportError: the range is found in every image, which no deployed form can say.
         """
         if self.params.dynamic:
-            raise ExportError(
-                f"{self.spec.name or 'activation'}: daq's dynamic activations have a range per image and channel, "
-                "which no file can hold; set params.dynamic: false to deploy the statistics of calibration"
-            )
+            raise ExportError(f"{self.spec.name or 'activation'}: {_NO_FILE}")
         return self.nominal_form()
 
     def grid_scale(self) -> Tensor:
@@ -321,3 +323,7 @@ class DAQ(Algorithm):
     activation_bits = (1, 8)
     bits_reason = "a level needs at least one bit"
     per_channel_activations = True
+
+    @classmethod
+    def not_deployable(cls, params: DAQParams) -> str:
+        return _NO_FILE if params.dynamic else ""

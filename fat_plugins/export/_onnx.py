@@ -42,7 +42,7 @@ from fat_plugins.forms import Codebook, Form, UniformGrid, form_kind, grids
 from fat_plugins.frozen import FrozenActivation, FrozenWeight, frozen_modules
 
 _DOMAIN = "fat_plugins"
-_LAYERS = ("Conv", "ConvTranspose", "MatMul")
+LAYERS = ("Conv", "ConvTranspose", "MatMul")
 
 
 @dataclass
@@ -89,6 +89,9 @@ class Dialect(Protocol):
         :raises ExportError: the dialect cannot hold it.
         """
 
+    def complete(self, graph: Graph, entries: list[Entry]) -> None:
+        """Change the graph when all of it is written."""
+
 
 @dataclass
 class Entry:
@@ -126,6 +129,7 @@ def write(
     entries = _entries(graph, model)
     dialect.prepare(graph, entries)
     _rewrite(graph, entries, dialect)
+    dialect.complete(graph, entries)
     graph.finish({**dialect.domains})
     proto.producer_name = "fat-plugins"
     onnx().helper.set_model_props(proto, {KEY: json.dumps([e.describe() for e in entries])})
@@ -311,7 +315,7 @@ def _rewrite_use(
     graph: Graph, entry: Entry, node: Any, index: int, perm: Any, layer: str, dialect: Dialect
 ) -> dict[str, Any]:
     """Give one reader of a weight its constants; returns where they are."""
-    is_layer = index == 1 and node.op_type in (*_LAYERS, "Gemm")
+    is_layer = index == 1 and node.op_type in (*LAYERS, "Gemm")
     own = graph.fresh(layer)
     if is_layer and node.op_type == "Gemm":
         node, perm = _matmul(graph, node, perm, own)

@@ -169,23 +169,38 @@ class CutModel:
 
     def producers(self, name: str) -> list[str]:
         """Quantized layers between the quantizers before and the input of quantizer ``name``."""
-        return self._upstream(self._places[name]["input"])
+        return self._layers_before(self._places[name]["input"])
 
     def output_producers(self, index: int) -> list[str]:
         """Quantized layers between the last quantizers and an output of the model."""
-        return self._upstream(self.output_names[index])
+        return self._layers_before(self.output_names[index])
 
-    def _upstream(self, tensor: str) -> list[str]:
-        found, stack, seen = set(), [tensor], set()
+    def quantizers(self, name: str) -> set[str]:
+        """Quantizers that the input of quantizer ``name`` depends on."""
+        return self._quantizers_before(self._places[name]["input"])
+
+    def output_quantizers(self, index: int) -> set[str]:
+        """Quantizers that an output of the model depends on."""
+        return self._quantizers_before(self.output_names[index])
+
+    def _layers_before(self, tensor: str) -> list[str]:
+        nodes = (self._maker[t].name for t in self._upstream(tensor))
+        return sorted({self._layers[name] for name in nodes if name in self._layers})
+
+    def _quantizers_before(self, tensor: str) -> set[str]:
+        found = self._upstream(tensor)
+        return {name for name in self.names if self._places[name]["output"] in found}
+
+    def _upstream(self, tensor: str) -> set[str]:
+        """First outputs of all nodes that a tensor depends on."""
+        stack, seen = [tensor], set()
         while stack:
             node = self._maker.get(stack.pop())
             if node is None or node.output[0] in seen:
                 continue
             seen.add(node.output[0])
-            if node.name in self._layers:
-                found.add(self._layers[node.name])
             stack += tensors_read(node)
-        return sorted(found)
+        return seen
 
     def run(self, inputs: list[np.ndarray], feed: dict[str, Tensor]) -> Run:
         """One inference. ``feed``: input of every quantizer when the graph is cut."""

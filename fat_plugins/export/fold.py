@@ -1,4 +1,5 @@
-"""What stands around quantized layers: batch norms to fold into their scale, pools that block integer kernels."""
+"""What stands around quantized layers: batch norms to fold into their scale, what blocks integer kernels, and where
+these are not safe."""
 
 from __future__ import annotations
 
@@ -93,6 +94,29 @@ def fold_affine(layer: Any, weight_shape: tuple[int, ...]) -> np.ndarray | None:
 
 def _static_differs(a: Any, b: Any) -> bool:
     return a.get_partial_shape().rank != b.get_partial_shape().rank
+
+
+def unsafe_in_integers(layer: Any) -> bool:
+    """Whether the plugin's integer kernel for ``layer`` must not run: a transposed convolution with a stride whose
+    input has a sign.
+
+    OpenVINO 2026.4 (``brgconv_avx512_i8``) gives other numbers from run to run there, or corrupts the heap: the kernel
+    reads past its table of corrections for the sign.
+    """
+    if not layer.get_type_name().endswith("ConvolutionBackpropData") or set(layer.get_attributes()["strides"]) == {1}:
+        return False
+    stack, seen = [layer.input_value(0).get_node()], set()
+    while stack:
+        node = stack.pop()
+        if node.get_friendly_name() in seen:
+            continue
+        seen.add(node.get_friendly_name())
+        if node.get_type_name() == "FakeQuantize":
+            if bool((constant_of(node.input_value(3)) < 0).any()):
+                return True
+        else:
+            stack += [value.get_node() for value in node.input_values()]
+    return False
 
 
 def plain_max_pools(model: Any) -> None:

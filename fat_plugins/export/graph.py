@@ -96,24 +96,35 @@ class CutGraph:
 
     def producers(self, name: str) -> list[str]:
         """Quantized layers between the quantizers before and the input of quantizer ``name``."""
-        return self._upstream(self._sources[name])
+        return sorted(self._upstream(self._sources[name]) & self._layers)
 
     def output_producers(self, index: int) -> list[str]:
         """Quantized layers between the last quantizers and an output of the model."""
-        return self._upstream(self._ends[index])
+        return sorted(self._upstream(self._ends[index]) & self._layers)
 
-    def _upstream(self, output: Any) -> list[str]:
-        found, stack, seen = [], [output.get_node()], set()
+    def quantizers(self, name: str) -> set[str]:
+        """Quantizers that the input of quantizer ``name`` depends on."""
+        return self._before(self._sources[name])
+
+    def output_quantizers(self, index: int) -> set[str]:
+        """Quantizers that an output of the model depends on."""
+        return self._before(self._ends[index])
+
+    def _before(self, output: Any) -> set[str]:
+        found = self._upstream(output)
+        return {name for name in self.names if f"{QUANTIZE}{name}" in found}
+
+    def _upstream(self, output: Any) -> set[str]:
+        """Friendly names of all that an output depends on."""
+        stack, seen = [output.get_node()], set()
         while stack:
             node = stack.pop()
             name = node.get_friendly_name()
             if name in seen:
                 continue
             seen.add(name)
-            if name in self._layers:
-                found.append(name)
             stack += [value.get_node() for value in node.input_values()]
-        return sorted(found)
+        return seen
 
     def run(self, inputs: list[np.ndarray], feed: dict[str, Tensor]) -> Run:
         """One inference. ``feed``: input of every quantizer when the graph is cut."""

@@ -14,12 +14,13 @@ from functools import reduce
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from fat_plugins.errors import ExportError
 from fat_plugins.export import _ov
 from fat_plugins.export.common import threshold_table, unique
-from fat_plugins.export.fold import constant_of, fold_affine, plain_max_pools, static_shape
+from fat_plugins.export.fold import constant_of, fold_affine, plain_max_pools, static_shape, unsafe_in_integers
 from fat_plugins.export.packing import Storage, choose_storage, collapse
 from fat_plugins.forms import Codebook, Form, UniformGrid, grids
 from fat_plugins.frozen import FrozenActivation, FrozenWeight, frozen_modules
@@ -103,11 +104,12 @@ def rewrite(model: Any, entries: list[Entry]) -> None:
             raise ExportError(f"{entry.name}: OpenVINO's conversion dropped the quantizer of this {entry.kind}")
     shared: dict[tuple, list[tuple[Any, Storage]]] = {}
     names: set[tuple[str, str]] = set()
+    for entry in entries:  # first, as what a weight becomes may depend on the sign of its layer's input
+        if entry.kind == "activation":
+            _rewrite_activation(nodes[entry.tag], entry)
     for entry in entries:
         if entry.kind == "weight":
             _rewrite_weight(nodes[entry.tag], entry, shared, names)
-        else:
-            _rewrite_activation(nodes[entry.tag], entry)
     plain_max_pools(model)
 
 
@@ -158,10 +160,12 @@ def _rewrite_weight(root: Any, entry: Entry, shared: dict, names: set) -> None:
         factors = fold_affine(node, use.shape) if is_layer else None
         if factors is not None:
             use.scales = [s * factors for s in use.scales]
-        key = (module.name, use.shape)
+        floats = is_layer and unsafe_in_integers(node)
+        key = (module.name, use.shape, floats)
         if key not in shared:
             shared[key] = [
-                _integers(f, c, use.shape, n) for (f, c), n in zip(parts, _names(module.name, len(parts)), strict=True)
+                _integers(f, c, use.shape, n, floats)
+                for (f, c), n in zip(parts, _names(module.name, len(parts)), strict=True)
             ]
         entry.storage = [storage for _, storage in shared[key]]
         terms = []
@@ -177,6 +181,11 @@ def _rewrite_weight(root: Any, entry: Entry, shared: dict, names: set) -> None:
                 entry.operations.append(layer)
         if not is_layer:
             entry.notes.append(f"read by {node.get_type_name()}, not by a convolution or matmul")
+        if floats:
+            entry.notes.append(
+                "a transposed convolution with a stride on signed inputs, where OpenVINO's integer kernel is not safe: "
+                "runs in float"
+            )
         entry.readers.append(layer)
     entry.notes += dict.fromkeys(s.note for s in entry.storage if s.note)
     if len(parts) > 1:
@@ -236,8 +245,14 @@ def _fits(levels: Any, low: int, high: int) -> bool:
     return bool(low <= int(levels.min()) and int(levels.max()) <= high)
 
 
-def _integers(form: UniformGrid | Codebook, codes: Any, shape: tuple[int, ...], name: str) -> tuple[Any, Storage]:
-    """Output with the integers of a grid in i8 (f32 where 8 bits cannot hold them), and how they are stored."""
+def _integers(
+    form: UniformGrid | Codebook, codes: Any, shape: tuple[int, ...], name: str, floats: bool
+) -> tuple[Any, Storage]:
+    """Output with the integers of a grid, and how they are stored: i8, or f32 where 8 bits cannot hold them and with
+    ``floats``."""
+    if floats and isinstance(form, UniformGrid):  # what is looked up in a table of floats is no integer weight
+        levels = torch.arange(form.low, form.high + 1)
+        form, codes = Codebook(form.bits, levels, form.scale, form.channel_axis), codes - form.low
     op, codes = _ov.opset(), codes.numpy().reshape(shape)
     low, high = (form.low, form.high) if isinstance(form, UniformGrid) else (0, int(form.levels.numel()) - 1)
     if codes.size and (codes.min() < low or codes.max() > high):
@@ -247,7 +262,7 @@ def _integers(form: UniformGrid | Codebook, codes: Any, shape: tuple[int, ...], 
     stored.set_friendly_name(f"{WEIGHT}{name}|codes")
     if not isinstance(form, UniformGrid):
         levels = form.levels.numpy()
-        table = levels.astype(np.int8 if _fits(levels, -128, 127) else np.float32)
+        table = levels.astype(np.int8 if _fits(levels, -128, 127) and not floats else np.float32)
         out = op.gather(op.constant(table), op.convert(stored, "i32"), _ov.scalar(0, np.int32))
     elif low < -128 or high > 127:
         out = op.convert(stored, "f32")

@@ -16,7 +16,7 @@ from fat_plugins.export import _onnx
 from fat_plugins.export._onnx import Entry, Grid, channel_view
 from fat_plugins.export._onnx_file import ModelFile, Runner, load
 from fat_plugins.export._onnx_file import execute as _execute
-from fat_plugins.export._onnx_graph import Graph, need
+from fat_plugins.export._onnx_graph import Graph, need, tensors_read
 from fat_plugins.export.common import ExportReport, first_line, reading, threshold_table
 from fat_plugins.export.verify import VerifyReport, compare
 from fat_plugins.forms import Codebook, Form, UniformGrid
@@ -86,18 +86,47 @@ class _QDQ:
     def prepare(self, graph: Graph, entries: list[Entry]) -> None:
         """Nothing."""
 
+    def complete(self, graph: Graph, entries: list[Entry]) -> None:
+        """Keep ONNX Runtime from rounding more than the model does.
+
+        Between two quantizers its default optimisations make an integer layer of whatever they find: a float bias
+        becomes integers in steps of the two scales' product, a float weight becomes 8 bits, and so does the float input
+        of a product with an integer weight. A Clip that clips nothing leaves them as they are: in front of such a layer,
+        between a product and its bias, or behind the weight.
+        """
+        makers = {out: node for node in graph.nodes for out in node.output}
+        layers = {name for e in entries for use in e.uses for name in use["nodes"]}
+        for node in [n for n in graph.nodes if n.name in layers and n.op_type in _onnx.LAYERS]:
+            exact = node.input[1] in makers and makers[node.input[1]].op_type == "DequantizeLinear"
+            if not _dequantized(makers, node.input[0]):
+                if exact and node.op_type == "MatMul":
+                    node.input[1] = _barrier(graph, node.input[1], f"{node.name}.exact")
+                continue
+            biased = [n for n, _ in graph.readers(node.output[0]) if n.op_type == "Add"]
+            if not exact or len(node.input) > 2:
+                node.input[0] = _barrier(graph, node.input[0], f"{node.name}.input")
+            elif node.op_type == "MatMul" and biased:
+                product = _barrier(graph, node.output[0], f"{node.name}.exact")
+                for add in biased:
+                    add.input[:] = [product if name == node.output[0] else name for name in add.input]
+
     def storage(self, form: UniformGrid | Codebook) -> tuple[str, int]:
         """8 bits, or 32 where these do not hold the integers."""
         low, high = _ends(form)
-        carrier = np.int8 if low >= -128 and high <= 127 else _carrier(low, high) or np.int32
-        return {"int8": "i8", "uint8": "u8", "int32": "i32"}[np.dtype(carrier).name], 8 * np.dtype(carrier).itemsize
+        return ("i8", 8) if low >= -128 and high <= 127 else ("i32", 32)
 
     def weight(self, graph: Graph, grid: Grid, name: str) -> str:
-        """An integer constant and DequantizeLinear."""
-        kind = {"i8": np.int8, "u8": np.uint8, "i32": np.int32}[self.storage(grid.form)[0]]
+        """An integer constant and DequantizeLinear; beyond 8 bits Cast and Mul, as ONNX Runtime makes a layer of
+        integers of every layer with DequantizeLinear, and then has none for wider ones."""
         out = graph.fresh(name)
-        integers = graph.constant(f"{name}.integers", grid.integers, kind)
-        _dequantize(graph, integers, grid.scale, grid.axis, kind, out, name)
+        if self.storage(grid.form)[0] == "i8":
+            integers = graph.constant(f"{name}.integers", grid.integers, np.int8)
+            _dequantize(graph, integers, grid.scale, grid.axis, np.int8, out, name)
+        else:
+            integers = graph.constant(f"{name}.integers", grid.integers, np.int32)
+            real = graph.fresh(f"{name}.real")
+            graph.add("Cast", [integers], real, real, to=1)
+            graph.add("Mul", [real, graph.constant(f"{name}.scale", grid.view)], out, graph.fresh(f"{name}.scaled"))
         graph.describe(out, shape=grid.integers.shape)
         return out
 
@@ -119,10 +148,28 @@ class _QDQ:
         return [_integer_grid(graph, scale, axis, kind, low, high, source, out, entry.name)]
 
 
+def _barrier(graph: Graph, tensor: str, name: str) -> str:
+    """The same numbers, behind a Clip."""
+    out, least = graph.fresh(name), graph.constant(f"{name}.least", np.finfo(np.float32).min)
+    graph.add("Clip", [tensor, least], out, graph.fresh(f"{name}.clip"), like=tensor)
+    return out
+
+
+def _dequantized(makers: dict[str, Any], tensor: str) -> bool:
+    """Whether a tensor is quantized, as far as a layer's input is without other layers in between."""
+    stack = [tensor]
+    while stack:
+        node = makers.get(stack.pop())
+        if node is not None and node.op_type == "DequantizeLinear":
+            return True
+        if node is not None and node.op_type not in _onnx.LAYERS:
+            stack += tensors_read(node)
+    return False
+
+
 def _dequantize(graph: Graph, source: str, scale: np.ndarray, axis: int, kind: type, out: str, name: str) -> None:
     inputs = [source, graph.constant(f"{name}.scale", scale if scale.size > 1 else scale.reshape(()))]
-    if kind is not np.int32:  # which has no zero point in ONNX
-        inputs.append(graph.constant(f"{name}.zero_point", np.zeros_like(scale) if scale.size > 1 else 0, kind))
+    inputs.append(graph.constant(f"{name}.zero_point", np.zeros_like(scale) if scale.size > 1 else 0, kind))
     how = {"axis": axis} if scale.size > 1 else {}
     graph.add("DequantizeLinear", inputs, out, graph.fresh(f"{name}.dequantize"), **how)
 
@@ -220,5 +267,8 @@ def _runner(proto: Any) -> Runner:
 
 def _integers(graph: Graph, tensor: str, values: np.ndarray) -> np.ndarray:
     """The integers that stand in the file."""
-    node = next(n for n in graph.nodes if tensor in n.output)
-    return graph.value(node.input[0]).astype(np.int64)
+    makers = {n.output[0]: n for n in graph.nodes}
+    source = makers[tensor].input[0]
+    if source in makers:  # behind a Cast
+        source = makers[source].input[0]
+    return graph.value(source).astype(np.int64)

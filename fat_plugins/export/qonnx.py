@@ -96,6 +96,9 @@ class _QONNX:
                 for entry in filter(None, behind):
                     entry.notes.append(_CLIP)
 
+    def complete(self, graph: Graph, entries: list[Entry]) -> None:
+        """Nothing."""
+
     def storage(self, form: UniformGrid | Codebook) -> tuple[str, int]:
         """QONNX has floats only; the width of the integers is an input of the node."""
         return "f32", 32
@@ -243,7 +246,8 @@ def _runner(proto: Any) -> Runner:
                 ready.clear()
                 # no cleanup: qonnx 0.4 drops nodes that stand alone between an input and an output
                 ready[key] = ModelWrapper(_with_shapes(proto, feeds)).transform(InferShapes(), cleanup=False)
-            with warnings.catch_warnings():
+            # a huge number by a small scale is infinite in torch as well, and gets the last code
+            with warnings.catch_warnings(), np.errstate(over="ignore"):
                 # said where a shape is computed in the graph and so unknown before the run; the real one is then used
                 warnings.filterwarnings("ignore", message="Output shapes disagree")
                 return execute_onnx(ready[key], feeds)

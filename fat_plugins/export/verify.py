@@ -1,8 +1,9 @@
 """Proof that an exported model computes what was trained: integer codes, layer by layer, torch against the runtime.
 
-Three comparisons. Weights: the codes as the runtime reads them, exactly. Activations, teacher-forced: every quantizer
-of the file is fed with torch's own tensor, so that an error shows in the layer that makes it and nowhere else. End to
-end: the model as it runs, where one flipped tie may cascade; reported, not judged.
+Four comparisons. Weights: the codes as the runtime reads them, exactly. Activations, teacher-forced: every quantizer of
+the file is fed with torch's own tensor, so that an error shows in the layer that makes it and nowhere else. Thresholds:
+every quantizer is fed with numbers beside each of its thresholds, where data may never lie. End to end: the model as it
+runs; a flipped tie may cascade there, so a code is judged where no quantizer before it has given another one.
 
 :func:`compare` does this for any runtime that offers a :class:`Target`; :func:`verify` is its use with OpenVINO.
 """
@@ -10,7 +11,7 @@ end: the model as it runs, where one flipped tie may cascade; reported, not judg
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,15 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from fat_plugins.errors import ExportError
+from fat_plugins.export._codes import differs, input_error, input_guard, largest, off_tie, quantizer_guard
 from fat_plugins.export.common import as_inputs, first_line, on_device, reading, unique
+from fat_plugins.export.probes import fill, points
 from fat_plugins.export.verify_report import ActivationCheck, OutputCheck, VerifyReport, WeightCheck
-from fat_plugins.forms import UniformGrid, grids
-from fat_plugins.frozen import FrozenActivation, FrozenWeight, frozen_modules
+from fat_plugins.forms import Form, grids
+from fat_plugins.frozen import FrozenWeight, frozen_modules
 
 #: activations held at once, in elements; larger batches are compared in slices
 _BUDGET = 2**24
-#: codes are compared as real numbers in units of the step: this much relative deviation is float noise
-_STEP_TOLERANCE = 1e-3
 _OUTPUT_TOLERANCE = 1e-4
 
 
@@ -59,6 +60,12 @@ class Graph(Protocol):
 
     def output_producers(self, index: int) -> list[str]:
         """Quantized layers between the last quantizers and an output of the model."""
+
+    def quantizers(self, name: str) -> set[str]:
+        """Quantizers that the input of quantizer ``name`` depends on; none in a graph that is cut."""
+
+    def output_quantizers(self, index: int) -> set[str]:
+        """Quantizers that an output of the model depends on."""
 
     def run(self, inputs: list[np.ndarray], feed: dict[str, Tensor]) -> Run:
         """One inference. ``feed``: input of every quantizer when the graph is cut."""
@@ -103,8 +110,9 @@ def verify(
     """Compare a frozen torch model with the IR that :func:`fat_plugins.export.openvino.export` wrote.
 
     :param inputs: one batch: a tensor, or a tuple of tensors, one per input of the model.
-    :param tie_guard: in steps of a grid of up to 16 codes; a code may differ where torch's value lies this close to a
-        rounding threshold. Wider grids have it in proportion (17 times at 8 bits), as float32 rounding is relative.
+    :param tie_guard: in steps; a code may differ where torch's value lies this close to a rounding threshold. For what
+        a layer computes it is that of 16 codes, and wider grids have it in proportion (17 times at 8 bits), as the
+        rounding of float32 sums is; for the quantizers themselves it is the same up to 8 bits.
     :param device: OpenVINO device; float operations run in float32.
     :raises ExportError: unreadable IR, an IR of another model, or inputs that the model refuses.
     """
@@ -249,40 +257,6 @@ def _check_weight(target: Target, layer: str, module: FrozenWeight, position: in
     return WeightCheck(layer, position, elements, int(wrong.sum()))
 
 
-def _steps(module: FrozenActivation, x: Tensor) -> Tensor:
-    """``x`` in units of the scale, float64."""
-    scale = module.form.scale.double()
-    if scale.numel() > 1:
-        view = [1] * x.ndim
-        view[module.form.channel_axis] = scale.numel()
-        scale = scale.reshape(view)
-    return x.double() / scale
-
-
-def _differs(module: FrozenActivation, values: Tensor, codes: Tensor) -> Tensor:
-    """Where quantized ``values`` of the runtime are not what ``codes`` stand for. Not rounded or clipped on the way, so
-    that a wrong scale or a missing clamp shows."""
-    wanted = module.form.integers(codes).double()
-    return ~((_steps(module, values) - wanted).abs() <= _STEP_TOLERANCE * wanted.abs().clamp(min=1))
-
-
-def _guard(module: FrozenActivation, tie_guard: float) -> float:
-    """The tie guard of one quantizer in its own steps."""
-    form = module.form
-    ends = torch.tensor([form.low, form.high]) if isinstance(form, UniformGrid) else form.levels
-    return tie_guard * max(1.0, float(ends.abs().max()) / 15)
-
-
-def _off_tie(module: FrozenActivation, x: Tensor, codes: Tensor, where: Tensor, guard: float) -> Tensor:
-    """``x`` moved away from the threshold, within torch's own code, where the runtime decided a tie otherwise."""
-    step = (x / _steps(module, x).clamp(min=1e-30)).abs() if module.form.scale.numel() > 1 else module.form.scale
-    out = x.clone()
-    for move in (4 * guard, -4 * guard):
-        moved = (x.double() + move * step).to(x.dtype)
-        out = torch.where(where & (module.form.encode(moved) == codes), moved, out)
-    return out
-
-
 def _compare(
     model: nn.Module,
     inputs: tuple[Tensor, ...],
@@ -293,58 +267,95 @@ def _compare(
 ) -> None:
     calls = _record(model, inputs)
     feed = {name: x.float().contiguous() for name, x in calls.inputs.items()}
-    codes = {name: calls.modules["activation", name].form.encode(x) for name, x in feed.items()}
+    forms = {check.name: calls.modules["activation", check.name].form for check in report.activations}
+    codes = {name: forms[name].encode(x) for name, x in feed.items()}
     arrays = [x.cpu().numpy() for x in inputs]
+    if not report.activations or not report.activations[0].elements:  # the first slice
+        _probe(forms, feed, arrays, forced, report)
     result = forced.run(arrays, feed)
     flipped = False
     for check in report.activations:
-        name, module = check.name, calls.modules["activation", check.name]
-        bad = _differs(module, torch.from_numpy(result.quantized[name]), codes[name])
-        tie = bad & (module.form.ties(feed[name]) < _guard(module, report.tie_guard))
+        name, form, guard = check.name, forms[check.name], quantizer_guard(forms[check.name], report.tie_guard)
+        bad = differs(form, torch.from_numpy(result.quantized[name]), codes[name])
+        tie = bad & (form.ties(feed[name]) < guard)
         check.elements += bad.numel()
         check.ties += int(tie.sum())
         check.differences += int((bad & ~tie).sum())
         if bool(tie.any()):
-            feed[name], flipped = _off_tie(module, feed[name], codes[name], tie, _guard(module, report.tie_guard)), True
+            feed[name], flipped = off_tie(form, feed[name], codes[name], tie, guard), True
     if flipped:  # the layers behind a tie must see torch's code
         result = forced.run(arrays, feed)
-    end_to_end = whole.run(arrays, {})
+    near = {}
     for check in report.activations:
-        name, module = check.name, calls.modules["activation", check.name]
+        name, form = check.name, forms[check.name]
         x, computed = calls.inputs[name].float(), torch.from_numpy(result.computed[name])
-        bad = module.form.encode(computed) != codes[name]
-        tie = bad & (module.form.ties(x) < _guard(module, report.tie_guard))
-        check.input_ties += int(tie.sum())
-        check.input_differences += int((bad & ~tie).sum())
-        check.max_error = max(check.max_error, _input_error(module, x, computed))
-        quantized = torch.from_numpy(end_to_end.quantized[name])
-        check.end_to_end += int(_differs(module, quantized, codes[name]).sum())
+        near[name] = form.ties(x) < input_guard(form, report.tie_guard)
+        bad = form.encode(computed) != codes[name]
+        check.near += int(near[name].sum())
+        check.input_ties += int((bad & near[name]).sum())
+        check.input_differences += int((bad & ~near[name]).sum())
+        check.max_error = max(check.max_error, input_error(form, x, computed))
     if len(calls.outputs) != len(report.outputs):
         raise ExportError(
             f"the model has {len(calls.outputs)} outputs in torch and {len(report.outputs)} in the {target.file}"
         )
+    end_to_end = whole.run(arrays, {})
+    unmoved = _end_to_end(forms, codes, near, end_to_end, whole, report)
     for i, check in enumerate(report.outputs):
         wanted = calls.outputs[i].double().numpy()
-        largest = float(np.abs(wanted).max()) if wanted.size else 0.0
         check.elements += wanted.size
-        check.allowed = max(check.allowed, _OUTPUT_TOLERANCE * largest + 1e-6)
-        check.max_error = max(check.max_error, _largest(result.outputs[i], wanted))
-        check.end_to_end = max(check.end_to_end, _largest(end_to_end.outputs[i], wanted))
+        check.allowed = max(check.allowed, _OUTPUT_TOLERANCE * largest(np.zeros_like(wanted), wanted) + 1e-6)
+        check.max_error = max(check.max_error, largest(result.outputs[i], wanted))
+        check.end_to_end = max(check.end_to_end, largest(end_to_end.outputs[i], wanted))
+        same = unmoved(whole.output_quantizers(i), wanted).numpy()
+        if end_to_end.outputs[i].shape == wanted.shape:
+            check.without_ties = max(check.without_ties, largest(end_to_end.outputs[i][same], wanted[same]))
 
 
-def _largest(found: np.ndarray, wanted: np.ndarray) -> float:
-    if found.shape != wanted.shape:
-        return float("inf")
-    error = float(np.abs(found.astype(np.float64) - wanted).max()) if wanted.size else 0.0
-    return error if error == error else float("inf")
+def _probe(
+    forms: dict[str, Form], feed: dict[str, Tensor], arrays: list[np.ndarray], forced: Graph, report: VerifyReport
+) -> None:
+    """Feed every quantizer with numbers beside its thresholds, just outside the guard."""
+    probes = {}
+    for name, x in feed.items():
+        rows = points(forms[name], 2 * quantizer_guard(forms[name], report.tie_guard))
+        probes[name] = fill(x.shape, rows, forms[name].channel_axis)
+    result = forced.run(arrays, probes)
+    for check in report.activations:
+        found, form = torch.from_numpy(result.quantized[check.name]), forms[check.name]
+        bad = differs(form, found, form.encode(probes[check.name]))
+        check.probes += bad.numel()
+        check.probe_differences += int(bad.sum())
 
 
-def _input_error(module: FrozenActivation, x: Tensor, computed: Tensor) -> float:
-    """Largest deviation in steps, both clipped to the ends of the grid."""
-    form = module.form
-    ends = (form.low, form.high) if isinstance(form, UniformGrid) else (int(form.levels[0]), int(form.levels[-1]))
-    a, b = (_steps(module, v).clamp(*ends) for v in (x, computed))
-    return float((a - b).abs().max()) if a.numel() else 0.0
+def _end_to_end(
+    forms: dict[str, Form],
+    codes: dict[str, Tensor],
+    near: dict[str, Tensor],
+    run: Run,
+    whole: Graph,
+    report: VerifyReport,
+) -> Callable[[set[str], Any], Tensor]:
+    """Judge the codes of samples in which no quantizer before has given another one.
+
+    :return: function of names of quantizers and an array: a mask of such samples in the array.
+    """
+    flipped: dict[str, Tensor] = {}  # per sample, or for the whole batch where the first dimension is not that
+
+    def unmoved(before: set[str], of: Any) -> Tensor:
+        moved = torch.zeros(of.shape[:1], dtype=torch.bool)
+        for each in (flipped[name] for name in before):
+            moved |= each if each.shape == moved.shape else each.any()
+        return ~moved
+
+    for check in report.activations:
+        name, form = check.name, forms[check.name]
+        bad = differs(form, torch.from_numpy(run.quantized[name]), codes[name])
+        check.end_to_end += int(bad.sum())
+        clean = unmoved(whole.quantizers(name), bad)
+        check.unexplained += int((bad & ~near[name])[clean].sum())
+        flipped[name] = bad.flatten(1).any(1) if bad.ndim > 1 else bad
+    return unmoved
 
 
 def _judge(report: VerifyReport) -> None:
@@ -357,13 +368,18 @@ def _judge(report: VerifyReport) -> None:
         if a.input_differences:
             what = f"{a.input_differences} of {a.elements} activations reach {a.name} with another code"
             found.append((a.position, ", ".join(a.layers) or a.name, what))
-        if a.differences:
-            what = f"{a.differences} of {a.elements} activations leave the quantizer with another code"
-            found.append((a.position, a.name, what))
+        if a.differences or a.probe_differences:
+            seen = (a.differences, a.elements) if a.differences else (a.probe_differences, a.probes)
+            kind = "activations" if a.differences else "numbers beside thresholds"
+            found.append((a.position, a.name, f"{seen[0]} of {seen[1]} {kind} leave the quantizer with another code"))
+        if a.unexplained:
+            what = f"{a.unexplained} of {a.elements} activations have another code end to end, without a tie before"
+            found.append((a.position, ", ".join(a.layers) or a.name, what))
     last = max((x.position for x in (*report.weights, *report.activations)), default=0) + 1
     for o in report.outputs:
         if o.differs:
-            found.append((last, ", ".join(o.layers) or o.name, f"output {o.name} deviates by {o.max_error:.3g}"))
+            error = max(o.max_error, o.without_ties)
+            found.append((last, ", ".join(o.layers) or o.name, f"output {o.name} deviates by {error:.3g}"))
     report.ok = not found
     if found:
         _, report.first_difference, report.detail = min(found, key=lambda f: f[0])

@@ -145,10 +145,7 @@ def _add_comparison(deployment: Deployment, report: Any) -> None:
     """Write the numbers of a verifier's report into the rows of a deployment."""
     rows = {(r.kind, r.name): r for r in deployment.layers}
     checks = [("weight", c.name, c.elements, c.differences, 0) for c in report.weights]
-    checks += [
-        ("activation", c.name, c.elements, c.differences + c.input_differences, c.ties + c.input_ties)
-        for c in report.activations
-    ]
+    checks += [("activation", c.name, c.elements, c.all_differences, c.ties + c.input_ties) for c in report.activations]
     for kind, name, compared, differences, ties in checks:
         row = rows.get((kind, name))
         if row is not None:

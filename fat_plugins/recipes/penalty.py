@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field, field_validator
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from fat_plugins.config import Section
 from fat_plugins.errors import FatPluginsError, unknown
@@ -110,7 +109,7 @@ class PenaltyPart(Part):
         """The penalty; what else joins the loss (a teacher, quantizers) has no part in it."""
         if not self.penalty.factor:
             return None
-        by_labels = cross_entropy(logits, labels, label_smoothing=float(trainer.section.label_smoothing))
+        by_labels = trainer.data.task.loss(logits, labels, float(trainer.section.label_smoothing))
         term = self.penalty.term(by_labels, trainer.precision.scaler)
         for name, value in self.penalty.values().items():
             self._sums[name] = self._sums.get(name, 0) + value.double()

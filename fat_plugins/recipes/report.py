@@ -35,7 +35,10 @@ _FLOAT_BITS = 32
 @dataclass
 class VariantResult:
     """One algorithm, trained with one seed, and the files made of it. Accuracies 0 to 1, on the test images, or what
-    the task has in their place."""
+    the task has in their place.
+
+    :param widths: of a model of several bit widths the accuracy at each, by the width as text.
+    """
 
     algorithm: str
     seed: int
@@ -43,6 +46,7 @@ class VariantResult:
     accuracy: float
     float_accuracy: float = 0.0
     deployments: list[Deployment] = field(default_factory=list)
+    widths: dict[str, float] = field(default_factory=dict)
 
     def deployed_to(self, target: Target) -> Deployment | None:
         """The file of one target."""
@@ -97,6 +101,16 @@ def label(config: dict[str, Any]) -> str:
 def _widths(config: dict[str, Any]) -> str:
     """``W4A4``, or of several sections ``W2A2 + W8A8``."""
     return " + ".join(_bits(s) for _, s in plugin_sections(config))
+
+
+def _at_each_width(results: list[VariantResult], metric: Metric) -> dict[str, str]:
+    """The fact how good models of several widths are at each, if there are any: means over the seeds."""
+    found = []
+    for name in dict.fromkeys(r.algorithm for r in results if r.widths):
+        each = [r.widths for r in results if r.algorithm == name]
+        means = {bits: sum(w[bits] for w in each) / len(each) for bits in each[0]}
+        found.append(f"{name}: " + ", ".join(f"{bits} bits {metric.text(mean)}" for bits, mean in means.items()))
+    return {f"Test {metric.name} of one model at each width": "; ".join(found)} if found else {}
 
 
 def _rewrites(recipe: Recipe, names: list[str]) -> dict[str, str]:
@@ -180,6 +194,7 @@ class RunReport:
             "Float training": _phase(recipe.pretrain),
             "Fine-tuning from these float weights, the same for all": "; ".join(training),
             **_rewrites(recipe, names),
+            **_at_each_width(results, task.metric),
             "Layers": _layers(configs[0]),
             "Fidelity": "; ".join(f"{kind.name}: {kind.fidelity}" for kind in used),
             "Seeds": f"{len(recipe.seeds)} ({', '.join(map(str, recipe.seeds))})"

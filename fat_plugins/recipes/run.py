@@ -57,6 +57,7 @@ from fat_plugins.recipes.tasks import CLASSIFICATION, Task
 from fat_plugins.recipes.trainer import evaluate
 from fat_plugins.recipes.variant import Context, Options, Variant
 from fat_plugins.recipes.world import World
+from fat_plugins.switching import each_width
 
 
 def train(
@@ -141,7 +142,8 @@ def check_task(task: Task, recipe: Recipe) -> None:
     :raises ConfigError: one line with the key.
     """
     for place, section in (("pretrain", recipe.pretrain), ("training", recipe.training)):
-        distillation = getattr(section, "distillation", None) is not None
+        joint = getattr(section, "joint", None)
+        distillation = getattr(section, "distillation", None) is not None or (joint is not None and joint.alpha > 0)
         try:
             task.check_training(smoothing=float(section.label_smoothing), distillation=distillation)
         except ConfigError as error:
@@ -251,7 +253,10 @@ def _run_variant(
         world.tell()  # the first process has written it
         load_state(model, load_checkpoint(path).state, str(path))
     accuracy = evaluate(model, data.test_loader(), world, data.task)[1]
-    result = VariantResult(name, context.seed, baseline is not None, accuracy)
+    at_each = {
+        str(b): evaluate(model, data.test_loader(), world, data.task)[1] for b in each_width(model) if b is not None
+    }
+    result = VariantResult(name, context.seed, baseline is not None, accuracy, widths=at_each)
     if world.main and recipe.export is not None:
         result.deployments = _deploy(context, name, model.cpu(), directory)
     told = world.tell(result_to_dict(result))

@@ -12,8 +12,9 @@ from torch import nn
 from fat_plugins.config import AlgorithmName, Section, is_plugin_section, split_sections
 from fat_plugins.errors import ConfigError, unknown
 from fat_plugins.explain import Expected, explain
-from fat_plugins.mixed import joint_name, parse_sections
+from fat_plugins.mixed import joint_name, parse_sections, refuse_undeployable
 from fat_plugins.recipes.data import DATASETS, Data
+from fat_plugins.recipes.joint import JointSection, check_joint
 from fat_plugins.recipes.models import MODELS, build_torchvision, check_model
 from fat_plugins.recipes.optim import OPTIMIZERS, check_options
 from fat_plugins.recipes.penalty import NamedPenalty, check_penalty
@@ -238,6 +239,15 @@ class FineTuneSection(TrainSection):
 
     stages: list[Stage] = Field(default_factory=lambda: [Stage()], min_length=1, max_length=100)
     distillation: DistillationSection | None = Field(None, description="Learn from the float model too.")
+    joint: JointSection | None = Field(
+        None, description="Train all bit widths of one model in every step; baselines of one width train as ever."
+    )
+
+    @model_validator(mode="after")
+    def _labels_count(self) -> FineTuneSection:
+        if self.distillation is not None and self.joint is not None and self.distillation.alpha + self.joint.alpha > 1:
+            raise ValueError("distillation.alpha and joint.alpha are shares of one loss; together they are at most 1")
+        return self
 
 
 def _several(value: Any) -> Any:
@@ -354,7 +364,11 @@ class Recipe(BaseModel):
         for variant in (None, *self.baselines):
             for i, stage in enumerate(self.training.stages):
                 config = self.config_for(variant, stage)
-                parse_sections([(f"{w} (training.stages.{i})", s) for w, s in plugin_sections(config)])
+                parsed = parse_sections([(f"{w} (training.stages.{i})", s) for w, s in plugin_sections(config)])
+                if self.export is not None:
+                    refuse_undeployable(parsed)
+                if variant is None and self.training.joint is not None:
+                    check_joint(parsed)
 
     @property
     def algorithm(self) -> str:

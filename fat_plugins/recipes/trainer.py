@@ -31,6 +31,7 @@ from fat_plugins.recipes.sealed import contents_of, refuse_nan
 from fat_plugins.recipes.state import Saving, random_state, seed_everything, set_random_state
 from fat_plugins.recipes.tasks import CLASSIFICATION, Task
 from fat_plugins.recipes.world import World
+from fat_plugins.switching import each_width
 
 #: steps between two readings of the running loss, each of which waits for the device
 READ_EVERY = 10
@@ -291,7 +292,7 @@ class Trainer:
                 self.step += 1
                 if self.step % READ_EVERY == 1 or self.step == until:
                     loss, correct, count = self._totals.tolist()
-                    phase.step(self.epoch, self.step, loss / count, correct / count, int(count) * self.world.size)
+                    phase.step(self.epoch, self.step, loss / count, correct / count, round(count) * self.world.size)
                 if self.step < until:
                     self._save_or_stop()
             self._random = random_state()  # the evaluation may draw some
@@ -306,14 +307,18 @@ class Trainer:
             part.before_step(self)
         self.optimizer.zero_grad(set_to_none=True)
         count = self.section.accumulate
-        for some_images, some_labels in zip(images.chunk(count), labels.chunk(count), strict=True):
-            self._totals += self._gradients(some_images, some_labels, len(labels))
+        passes = next((p for part in self.parts if (p := part.passes(self)) is not None), [nullcontext()])
+        for each in passes:
+            with each:
+                for some_images, some_labels in zip(images.chunk(count), labels.chunk(count), strict=True):
+                    totals = self._gradients(some_images, some_labels, len(labels) * len(passes))
+                    self._totals += totals / len(passes)
         self.precision.step(self.optimizer, self.section.clip_norm)
         for part in self.parts:
             part.after_step(self)
 
     def _gradients(self, images: Tensor, labels: Tensor, whole: int) -> Tensor:
-        """Add the gradients of a part of a batch of ``whole`` images.
+        """Add the gradients of a part of a batch of ``whole`` images (of all passes).
 
         :return: summed loss, score and images (float64), without waiting for the device.
         """
@@ -377,8 +382,9 @@ class Trainer:
             with self.interrupts.released() if self.world.size == 1 else nullcontext():
                 anew = self.section.reestimate_norms
                 if anew is True or (anew == "auto" and has_noise(self.model)):
-                    batches = self.data.calibration_loader(self.batch_size * self.world.size)
-                    reestimate_batch_norms(self.model, batches, self.section.norm_batches)
+                    for _ in each_width(self.model):
+                        batches = self.data.calibration_loader(self.batch_size * self.world.size)
+                        reestimate_batch_norms(self.model, batches, self.section.norm_batches)
                 held_out = self._held_out()
             if not math.isfinite(held_out[0]):  # the last step of the epoch may have been the one that was too large
                 raise FatPluginsError(

@@ -15,6 +15,7 @@ from fat_brevitas.modules import WeightTensorQuant
 from fat_plugins.errors import ConfigError
 from fat_plugins.network import in_force
 from fat_plugins.quantizer import ROLES, Role
+from fat_plugins.switching import each_width
 
 #: batches for weight quantizers that look at the inputs of their layers
 INPUT_BATCHES = 4
@@ -182,8 +183,9 @@ def adapt_batch_norms(model: nn.Module, batches: Batches, plan: Plan) -> None:
     try:
         for norm in norms:
             norm.training = True
-        for inputs in batches.take(count):
-            call(model, inputs)
+        for _ in each_width(model):
+            for inputs in batches.take(count):
+                call(model, inputs)
     finally:
         for module, training in modes.items():
             module.training = training

@@ -29,6 +29,7 @@ from fat_brevitas.placement import Placement, detach_pruned, install, trace
 from fat_plugins.errors import CheckpointError, ConfigError, HostError
 from fat_plugins.network import begin, coordinators, named_quantizers
 from fat_plugins.scopes import as_list
+from fat_plugins.switching import follow_quantizers
 
 _FORMAT = 1
 
@@ -93,6 +94,7 @@ def quantize(
     result = QuantizedModel(traced.model, traced.model.graph, type(model).__name__).to(device)
     if not any(True for _ in named_quantizers(result)):
         raise HostError("nothing to quantize: the scopes of the config leave no tensor")
+    follow_quantizers(result)
     attach(result, layers_of_graph(result), batches)
     if plan.lr_multiplier is not None:
         for _, quantizer in named_quantizers(result):

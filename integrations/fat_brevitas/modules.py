@@ -204,8 +204,9 @@ class ActTensorQuant(_Wrapper):
         self.calibration_range = calibration_range
         #: integer type of the form when it was last looked at; in training that would stall the device
         self.container: Container | None = None
-        #: state of the quantizer at that time, while evaluating
+        #: state of the quantizer at that time, while evaluating, and its width
         self._seen: tuple[Any, ...] | None = None
+        self._bits = quantizer.bits
         #: set by Brevitas's calibration mode: collect, and pass the input on
         self.observer_only = False
 
@@ -226,13 +227,13 @@ class ActTensorQuant(_Wrapper):
 
     def _look(self) -> None:
         """Learn the integer type of the form, if the quantizer is another one than when it was last looked at."""
-        seen = None if self.training else state_of(self.quantizer)
-        if self.container is not None and (self.training or self._seen == seen):
+        seen, bits = None if self.training else state_of(self.quantizer), self.quantizer.bits
+        if self.container is not None and self._bits == bits and (self.training or self._seen == seen):
             return
         found = container_of(self.quantizer.nominal_form())
         if self.container is None or found.bits != self.container.bits:
             self._bit_width = torch.full_like(self._bit_width, found.bits)  # who has the old one keeps it
-        self.container, self._seen = found, seen
+        self.container, self._seen, self._bits = found, seen, bits
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_seen": None}

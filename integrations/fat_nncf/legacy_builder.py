@@ -29,6 +29,7 @@ from fat_plugins.errors import CheckpointError, ConfigError
 from fat_plugins.mixed import parse_sections
 from fat_plugins.network import begin
 from fat_plugins.registry import get_algorithm
+from fat_plugins.switching import each_width, follow_quantizers
 
 
 class PluginBuilder(QuantizationBuilder):
@@ -108,6 +109,7 @@ class PluginBuilder(QuantizationBuilder):
         """
         if not self.should_init:
             return
+        follow_quantizers(model)
         calibrate_weights(model)
         if not is_main_process():
             return
@@ -125,7 +127,8 @@ class PluginBuilder(QuantizationBuilder):
     def _adapt_batch_norms(self, model: NNCFNetwork) -> None:
         adaptation = self._parse_bn_adapt_params()
         if adaptation is not None:
-            BatchnormAdaptationAlgorithm(**adaptation).run(model)
+            for _ in each_width(model):
+                BatchnormAdaptationAlgorithm(**adaptation).run(model)
 
     def _report_uncalibrated(self, model: NNCFNetwork) -> None:
         waiting = [m for m in model.modules() if isinstance(m, PluginQuantizer) and not m.calibrated]
@@ -144,6 +147,7 @@ class PluginBuilder(QuantizationBuilder):
     def _build_controller(self, model: NNCFNetwork) -> PluginController:
         if self.should_init:
             calibrate_weights(model)  # again: controllers built before this one have set their masks
+        follow_quantizers(model)
         controller = PluginController(
             self._algo_config,
             model,

@@ -52,6 +52,7 @@ from fat_plugins.config import DEFAULT_ALGORITHM, CompressionConfig
 from fat_plugins.errors import ConfigError, HostError
 from fat_plugins.network import begin, param_groups
 from fat_plugins.registry import get_algorithm
+from fat_plugins.switching import follow_quantizers
 
 __all__ = [
     "CompressionStage",
@@ -165,6 +166,7 @@ def create_compressed_model(
         )  # fmt: skip
         resolved = resolve(traced, points, plan.config, keep_zeros=_has_masks(model), lr_multiplier=plan.lr_multiplier)
         install(traced, resolved)
+        follow_quantizers(model)
         calibrate_weights(model, resolved)
         _add_coordinators(traced, batches)
         if batches.real and plan.range.samples:
@@ -218,6 +220,7 @@ def _resume(model: nn.Module, plan: Plan, state: Mapping[str, Any], config: Mapp
     batches = batches_of(config, plan.inputs, device_of(model))
     traced = trace(model, batches.example)
     rebuild(traced, state)
+    follow_quantizers(model)
     sparsity = Sparsity(plan.sparsity, model) if plan.sparsity is not None else None
     if sparsity is not None and not _has_masks(model):
         raise ConfigError(f"{plan.sparsity.algorithm}: the compression state was saved without masks")
@@ -306,6 +309,7 @@ def quantize(
     )  # fmt: skip
     resolved = resolve(traced, points, config, keep_zeros=_has_masks(model), lr_multiplier=None)
     install(traced, resolved)
+    follow_quantizers(model)
     _add_coordinators(traced, batches)
     calibrate_weights(model, resolved)
     calibrate_activations(model, resolved, batches, ranges_first=False)

@@ -25,6 +25,7 @@ from fat_nncf.modern_hooks import (
 from fat_nncf.modern_placement import Point
 from fat_plugins.network import in_force
 from fat_plugins.quantizer import ROLES, Role
+from fat_plugins.switching import each_width
 
 #: batches that initialise quantizers which want data and not a range
 _DATA_BATCHES = 4
@@ -133,6 +134,7 @@ def _observe(model: nn.Module, hungry: list[PluginQuantizer], hooks: list[Plugin
 
 
 def adapt_batch_norms(model: nn.Module, batches: Batches, count: int) -> None:
-    """NNCF's batch-norm adaptation over ``count`` batches, when the model has batch norms."""
+    """NNCF's batch-norm adaptation over ``count`` batches at every width, when the model has batch norms."""
     if count and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-        nncf.batch_norm_adaptation(model, batches.dataset(), num_iterations=count)
+        for _ in each_width(model):
+            nncf.batch_norm_adaptation(model, batches.dataset(), num_iterations=count)

@@ -101,6 +101,8 @@ MOST = {
     ("apot", "activation"): (71, 77),
     ("bitat", "weight"): (9, 9),
     ("bitat", "activation"): (13, 8),
+    ("cfws", "weight"): (8, 1),
+    ("cfws", "activation"): (7, 4),
     ("direct", "weight"): (26, 59),
     ("direct", "activation"): (301, 5),
     ("daq", "weight"): (40, 2),
@@ -121,6 +123,8 @@ MOST = {
     ("lsq_plus", "activation"): (9, 20),
     ("minmax", "weight"): (8, 1),
     ("minmax", "activation"): (14, 4),
+    ("one_model_for_all", "weight"): (19, 40),
+    ("one_model_for_all", "activation"): (5, 12),
     ("pact", "weight"): (15, 35),
     ("pact", "activation"): (6, 12),
     ("quantization_networks", "weight"): (81, 128),
@@ -135,8 +139,12 @@ MOST = {
     ("squantizer", "activation"): (6, 12),
 }
 #: bytes per element that the graph keeps beside the tensor itself and the quantizer's own: DoReFa's weight behind tanh,
-#: FAT's half spectrum (complex) and gate with the transformed weight, APoT's normalised weight
-KEPT = {("apot", "weight"): 4, ("dorefa", "weight"): 4, ("pact", "weight"): 4, ("fat", "weight"): 12}
+#: FAT's half spectrum (complex) and gate with the transformed weight, APoT's normalised weight, the weight behind the
+#: gains of a width
+KEPT = {
+    **dict.fromkeys([(name, "weight") for name in ("apot", "dorefa", "one_model_for_all", "pact")], 4),
+    ("fat", "weight"): 12,
+}
 DEFAULTS = [c for c in cases(bits=(4,)) if not c.options and not c.per_channel]
 each_default = pytest.mark.parametrize("case", DEFAULTS, ids=str)
 

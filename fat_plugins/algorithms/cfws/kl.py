@@ -73,7 +73,11 @@ def kl_scores(counts: Tensor, levels: int, score: str = "paper") -> tuple[Tensor
 
 
 class MagnitudeHistogram:
-    """Counts of magnitudes over batches, in bins that become twice as wide when a larger one comes."""
+    """Counts of magnitudes over batches, in bins that become twice as wide when a larger one comes.
+
+    Exact zeros do not count: every grid has them. Behind a ReLU they are half of all values, and in groups with their
+    neighbours they would make every wide range look bad.
+    """
 
     def __init__(self) -> None:
         self.counts = torch.zeros(_FINE, dtype=torch.int64)

@@ -1,12 +1,11 @@
-"""The rewrite ``cfws``: a kernel becomes the sum of a coarse one, which lies on its own grid, and a fine one (section 3).
+"""The rewrite ``cfws``: a kernel becomes the sum of a coarse one, on its own grid, and a fine one (section 3).
 
-The coarse kernel has the centre tap only, so it is a 1x1 convolution. Its grid has the step ``g = max|c| / Q``, which is
-what any symmetric quantizer that scales by the largest magnitude computes from it, so that it is kept without error.
+The coarse kernel has the centre tap only, so it is a 1x1 convolution. Its grid has the step ``g = max|c| / Q``, which
+is what any symmetric quantizer that scales by the largest magnitude computes from it: it is kept without error.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from fat_plugins.rewrites import Rewrite, RewriteReport, layer_of, replace_layer
 #: centres below it are nothing to a quantizer, whose scales end there
 _FLOOR = 1e-12
 #: with so many bits of mantissa, float32 holds every product of a step and a code of 8 bits
-_MANTISSA = 16
+_MANTISSA = 17
 
 
 class SplitParams(Params):
@@ -159,38 +158,20 @@ class CFWSSplit(Rewrite):
                 )
         report = RewriteReport(cls.name, params.model_dump())
         for name, conv in convolutions.items():
-            facts: dict[str, Any] = {}
-            why = cls._why_not(model, name, conv, params, facts)
-            if why is not None:
+            if (why := _why_not(name, conv, params)) is not None:
                 report.left[name] = why
-                continue
+            else:
+                ratio = centre_ratio(conv.weight)
+                report.changed[name] = {"ratio": ratio if math.isfinite(ratio) else None}
+        for name in report.changed:
+            conv = convolutions[name]
             coarse, fine, _ = split_kernel(conv.weight, params.bits, params.per_channel, params.extract_center)
-            block = CoarseFine(copy.copy(conv), params.extract_center)
+            block = CoarseFine(conv, params.extract_center)
             with torch.no_grad():
                 block.fine.weight.copy_(fine)
                 block.coarse.weight.copy_(coarse[_centre(coarse)][..., None, None] if params.extract_center else coarse)
             replace_layer(model, name, block)
-            report.changed[name] = facts
         return report
-
-    @staticmethod
-    def _why_not(
-        model: nn.Module, name: str, conv: nn.Conv2d, params: SplitParams, facts: dict[str, Any]
-    ) -> str | None:
-        """Why a convolution stays as it is, or ``None``, with the facts about it."""
-        if (reason := _unfit(conv)) is not None:
-            return reason
-        if conv is model:
-            return "it is the model itself"
-        if params.layers is not None and not any(fnmatchcase(name, p) for p in params.layers):
-            return "not among the layers of the options"
-        if not bool(torch.isfinite(conv.weight).all()):
-            raise ConfigError(f"cfws: {name}: the weight holds NaN or infinite values")
-        ratio = centre_ratio(conv.weight)
-        if ratio == 0 or ratio < params.threshold:
-            return f"centre taps up to {ratio:.3g} times their neighbours, threshold {params.threshold:g}"
-        facts["ratio"] = ratio if math.isfinite(ratio) else None
-        return None
 
     @classmethod
     def rebuild(cls, model: nn.Module, params: SplitParams, changed: dict[str, dict[str, Any]]) -> None:
@@ -199,6 +180,22 @@ class CFWSSplit(Rewrite):
             if (reason := _unfit(conv)) is not None:
                 raise ConfigError(f"cfws: {name}: {reason}")
             replace_layer(model, name, CoarseFine(conv, params.extract_center))
+
+
+def _why_not(name: str, conv: nn.Conv2d, params: SplitParams) -> str | None:
+    """Why a convolution stays as it is, if it does."""
+    if (reason := _unfit(conv)) is not None:
+        return reason
+    if not name:
+        return "it is the model itself"
+    if params.layers is not None and not any(fnmatchcase(name, p) for p in params.layers):
+        return "not among the layers of the options"
+    if not bool(torch.isfinite(conv.weight).all()):
+        raise ConfigError(f"cfws: {name}: the weight holds NaN or infinite values")
+    ratio = centre_ratio(conv.weight)
+    if ratio == 0 or ratio < params.threshold:
+        return f"centre taps up to {ratio:.3g} times their neighbours, threshold {params.threshold:g}"
+    return None
 
 
 def _unfit(conv: nn.Conv2d) -> str | None:
