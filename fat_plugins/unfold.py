@@ -1,4 +1,5 @@
-"""The inputs of single outputs of a layer as the rows of a matrix, for algorithms that look at what a layer reads."""
+"""Layers as matrices, for algorithms that look at what a layer reads: the inputs of single outputs, and the weights
+that they are multiplied with."""
 
 from __future__ import annotations
 
@@ -16,6 +17,26 @@ from fat_plugins.quantizer import TensorSpec
 def is_transposed(spec: TensorSpec) -> bool:
     """Whether the weight is that of a transposed convolution."""
     return spec.channel_axis == 1 and len(spec.shape) > 2
+
+
+def to_rows(weight: Tensor, spec: TensorSpec) -> Tensor:
+    """A weight as ``g x o x d``: the neurons of each group, their inputs in the order of :func:`input_rows`."""
+    g = spec.groups
+    if is_transposed(spec):
+        split = weight.reshape(g, weight.shape[0] // g, weight.shape[1], -1)
+        return split.transpose(1, 2).reshape(g, weight.shape[1], -1)
+    rows = weight.movedim(spec.channel_axis, 0)
+    return rows.reshape(g, rows.shape[0] // g, -1)
+
+
+def from_rows(rows: Tensor, spec: TensorSpec) -> Tensor:
+    """Inverse of :func:`to_rows`."""
+    shape = list(spec.shape)
+    if is_transposed(spec):
+        g, (inputs, outputs) = spec.groups, shape[:2]
+        return rows.reshape(g, outputs, inputs // g, -1).transpose(1, 2).reshape(shape)
+    shape.insert(0, shape.pop(spec.channel_axis))
+    return rows.reshape(shape).movedim(0, spec.channel_axis)
 
 
 def input_rows(

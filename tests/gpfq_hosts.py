@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fat_plugins.algorithms._gpfq import follow
-from fat_plugins.algorithms.gpfq import GPFQWeight, to_rows
+from fat_plugins.algorithms.gpfq import GPFQWeight
 from fat_plugins.network import coordinators
 from fat_plugins.quantizer import ROLES
-from fat_plugins.unfold import input_rows
+from fat_plugins.unfold import input_rows, to_rows
 
 #: every input of every layer, so that the rows can be computed from a hook
 PARAMS = {"patches": None, "accumulate": "direct", "samples": 8}

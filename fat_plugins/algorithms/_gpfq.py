@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fat_plugins.forms import Codebook, Form, SumOfGrids, UniformGrid
+
 #: columns whose share of earlier ones is computed at once
 _BLOCK = 64
 
@@ -66,6 +68,28 @@ class Alphabet:
         sign = torch.sign(codes)
         # as the two grids of the deployed form are added
         return sign * self.gap + (codes - sign) * d
+
+
+def form_of(alphabet: Alphabet, bits: int, step: Tensor, axis: int = 0) -> Form:
+    """The deployed form of an alphabet whose codes take ``bits`` bits; ``step`` is 1-d."""
+    if alphabet.gap:
+        gap = torch.full_like(step[:1], alphabet.gap)
+        parts = (UniformGrid(2, True, True, gap, axis), UniformGrid(bits, True, True, step, axis))
+        form = SumOfGrids(parts)
+        return SumOfGrids(parts, pack(form, torch.arange(-alphabet.highest, alphabet.highest + 1)).long().unique())
+    if alphabet.highest == 2 ** (bits - 1) - 1:
+        return UniformGrid(bits, True, True, step, axis)
+    levels = torch.arange(-alphabet.highest, alphabet.highest + 1, device=step.device)
+    return Codebook(bits, levels, step, axis)
+
+
+def pack(form: Form, codes: Tensor) -> Tensor:
+    """Codes of the form (int32) from signed codes of the alphabet."""
+    if isinstance(form, SumOfGrids):
+        sign = torch.sign(codes)
+        return form.pack((sign, codes - sign))
+    offset = form.levels.numel() // 2 if isinstance(form, Codebook) else 0
+    return codes.to(torch.int32) + offset
 
 
 def _nearest(x: Tensor) -> Tensor:

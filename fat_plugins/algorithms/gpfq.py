@@ -19,12 +19,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from fat_plugins.algorithms._gpfq import Alphabet, Pairs, follow
+from fat_plugins.algorithms._gpfq import Alphabet, Pairs, follow, form_of, pack
 from fat_plugins.algorithms.minmax import MinMaxActivation, MinMaxParams
 from fat_plugins.clipping import best_clip
 from fat_plugins.errors import ConfigError, QuantizationError
 from fat_plugins.figures import Figure
-from fat_plugins.forms import Codebook, Form, SumOfGrids, UniformGrid
+from fat_plugins.forms import Form
 from fat_plugins.functional import per_channel_view, wide
 from fat_plugins.quantizer import (
     ROLES,
@@ -37,7 +37,7 @@ from fat_plugins.quantizer import (
     WeightQuantizer,
 )
 from fat_plugins.registry import Algorithm
-from fat_plugins.unfold import input_rows, is_transposed
+from fat_plugins.unfold import from_rows, input_rows, is_transposed, to_rows
 
 #: no step falls below it
 _FLOOR = 1e-12
@@ -96,52 +96,6 @@ def make_alphabet(bits: int, params: GPFQParams) -> Alphabet:
     gap = params.lambda_ if params.mode == "l0" else 0.0
     steps = 2 ** (bits - 1) if params.alphabet == "authors" else 2 ** (bits - 1) - 1 - int(gap > 0)
     return Alphabet(steps, gap, params.lambda_ if params.mode == "l1" else 0.0)
-
-
-def form_of(alphabet: Alphabet, bits: int, step: Tensor, axis: int = 0) -> Form:
-    """The deployed form of an alphabet whose codes take ``bits`` bits; ``step`` is 1-d."""
-    if alphabet.gap:
-        gap = torch.full_like(step[:1], alphabet.gap)
-        parts = (UniformGrid(2, True, True, gap, axis), UniformGrid(bits, True, True, step, axis))
-        form = SumOfGrids(parts)
-        return SumOfGrids(parts, pack(form, torch.arange(-alphabet.highest, alphabet.highest + 1)).long().unique())
-    if alphabet.highest == 2 ** (bits - 1) - 1:
-        return UniformGrid(bits, True, True, step, axis)
-    levels = torch.arange(-alphabet.highest, alphabet.highest + 1, device=step.device)
-    return Codebook(bits, levels, step, axis)
-
-
-def pack(form: Form, codes: Tensor) -> Tensor:
-    """Codes of the form (int32) from signed codes of the alphabet."""
-    if isinstance(form, SumOfGrids):
-        sign = torch.sign(codes)
-        return form.pack((sign, codes - sign))
-    offset = form.levels.numel() // 2 if isinstance(form, Codebook) else 0
-    return codes.to(torch.int32) + offset
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# layers as matrices
-# --------------------------------------------------------------------------------------------------------------------
-def to_rows(weight: Tensor, spec: TensorSpec) -> Tensor:
-    """A weight as ``g x o x d``: the neurons of each group, their inputs in the order of
-    :func:`fat_plugins.unfold.input_rows`."""
-    g = spec.groups
-    if is_transposed(spec):
-        split = weight.reshape(g, weight.shape[0] // g, weight.shape[1], -1)
-        return split.transpose(1, 2).reshape(g, weight.shape[1], -1)
-    rows = weight.movedim(spec.channel_axis, 0)
-    return rows.reshape(g, rows.shape[0] // g, -1)
-
-
-def from_rows(rows: Tensor, spec: TensorSpec) -> Tensor:
-    """Inverse of :func:`to_rows`."""
-    shape = list(spec.shape)
-    if is_transposed(spec):
-        g, (inputs, outputs) = spec.groups, shape[:2]
-        return rows.reshape(g, outputs, inputs // g, -1).transpose(1, 2).reshape(shape)
-    shape.insert(0, shape.pop(spec.channel_axis))
-    return rows.reshape(shape).movedim(0, spec.channel_axis)
 
 
 class GPFQWeight(WeightQuantizer):

@@ -19,8 +19,8 @@ from torch import nn
 from fat_brevitas.compat import VERSION
 from fat_brevitas.injectors import weight_quant
 from fat_plugins.algorithms._gpfq import Pairs
-from fat_plugins.algorithms.gpfq import to_rows
 from fat_plugins.errors import ConfigError, HostError, unknown
+from fat_plugins.unfold import to_rows
 
 #: options of our GPFQ that are not Brevitas's business: it chooses inputs, patches and order of layers
 OPTIONS = ("alphabet", "radius", "mode", "lambda_", "act_order", "seed")

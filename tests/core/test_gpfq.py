@@ -12,10 +12,11 @@ from torch.nn.functional import conv2d, conv_transpose2d
 
 from fat_plugins import CheckpointError, ConfigError, QuantizationError, TensorSpec, get_algorithm
 from fat_plugins.algorithms._gpfq import Alphabet, Pairs, follow
-from fat_plugins.algorithms.gpfq import GPFQParams, GPFQPath, from_rows, make_alphabet, to_rows
+from fat_plugins.algorithms.gpfq import GPFQParams, GPFQPath, make_alphabet
 from fat_plugins.forms import Codebook, SumOfGrids, UniformGrid
 from fat_plugins.network import in_force
 from fat_plugins.quantizer import ROLES, LayerQuantizers, Progress, conv_geometry
+from fat_plugins.unfold import from_rows, to_rows
 
 
 def make(shape=(6, 8), bits=4, params=None, axis=0, name="layer", **spec):
