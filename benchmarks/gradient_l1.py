@@ -12,7 +12,7 @@ import json
 import warnings
 from pathlib import Path
 from statistics import mean
-from typing import Annotated, Any
+from typing import Annotated
 
 import fat_brevitas
 import torch
@@ -34,17 +34,18 @@ ROWS: dict[str, tuple[float, float]] = {
     "weight decay, mild penalty": (5e-4, 1e-3),
     "weight decay, strong penalty": (5e-4, 1e-2),
 }
-#: epochs before the penalty begins, and over which it rises
-START, WARMUP = 5.0, 5.0
+#: share of the epochs before the penalty begins, and again in which it rises
+START = 0.2
 
 
-def train(task: str, row: str, seed: int, data: Data) -> nn.Module:
+def train(task: str, row: str, seed: int, epochs: int, data: Data) -> nn.Module:
     """A float network."""
     decay, weight = ROWS[row]
-    _, model_section, epochs, _ = TASKS[task]
+    model_section = TASKS[task][1]
     torch.manual_seed(seed)
     model = model_section.build(data)
-    params = {"lambda_weights": weight, "lambda_activations": weight, "start": START, "warmup": WARMUP}
+    begin = START * epochs
+    params = {"lambda_weights": weight, "lambda_activations": weight, "start": begin, "warmup": begin}
     section = TrainSection(
         epochs=epochs,
         optimizer=OptimizerSection(name="sgd", lr=0.05, momentum=0.9, weight_decay=decay),
@@ -55,10 +56,10 @@ def train(task: str, row: str, seed: int, data: Data) -> nn.Module:
     return model
 
 
-def run(task: str, row: str, seed: int) -> dict[str, Any]:
+def run(task: str, row: str, seed: int, epochs: int) -> dict[str, float]:
     """Accuracies (0 to 1) on the test images by width, ``"float"`` among them."""
     data = TASKS[task][0].build()
-    model = train(task, row, seed, data)
+    model = train(task, row, seed, epochs, data)
     found = {"float": evaluate(model, data.test_loader())[1]}
     for bits in WIDTHS:
         section = {
@@ -90,6 +91,7 @@ def main(
     task: Annotated[list[str] | None, typer.Option(help="digits or shapes; default: both.")] = None,
     row: Annotated[list[str] | None, typer.Option(help=f"Default: all of {', '.join(ROWS)}.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Default: 0, 1, 2.")] = None,
+    epochs: Annotated[int, typer.Option(help="Of float training.")] = 25,
     results: Annotated[Path, typer.Option(help="What is there already is not run again.")] = Path("gradient_l1.json"),
 ) -> None:
     """Run what is missing and print the tables."""
@@ -101,7 +103,7 @@ def main(
         for s in seeds:
             for r in row or ROWS:
                 if (key := f"{t}/{r}/{s}") not in cells:
-                    cells[key] = run(t, r, s)
+                    cells[key] = run(t, r, s, epochs)
                     temporary = results.with_suffix(".tmp")
                     temporary.write_text(json.dumps(cells, indent=1))
                     temporary.replace(results)

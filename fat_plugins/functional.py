@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fat_plugins.clipping import best_clip
 from fat_plugins.kernels import evaluate, get_backend, set_backend, total, wide  # noqa: F401 (their old home)
 
 
@@ -260,23 +261,15 @@ def level_quantize(
 # --------------------------------------------------------------------------------------------------------------------
 # small helpers
 # --------------------------------------------------------------------------------------------------------------------
-#: of :func:`best_step`
-_SAMPLES, _CANDIDATES = 2**16, 100
-
-
 def best_step(x: Tensor, low: int, high: int) -> float:
-    """The step with the least mean squared error on ``x``, among hundredths of the one that reaches the largest value.
+    """The step with the least mean squared error on ``x``, for a grid of the integers ``low .. high``; see
+    :func:`fat_plugins.clipping.best_clip`, of which it is the ``high``-th part."""
 
-    Looks at 65536 evenly spaced elements at most.
-    """
-    flat = x.reshape(-1)
-    largest = flat.abs().max()
-    if not bool(largest > 0):
-        return 0.0
-    flat = flat[:: max(1, -(-flat.numel() // _SAMPLES))] / largest
-    steps = torch.arange(1, _CANDIDATES + 1, device=x.device, dtype=flat.dtype) / (_CANDIDATES * high)
-    errors = [((flat / s).round_().clamp_(low, high).mul_(s) - flat).square_().mean() for s in steps]
-    return float(steps[int(torch.stack(errors).argmin())]) * float(largest)
+    def quantized(values: Tensor, clip: Tensor) -> Tensor:
+        step = clip / high
+        return uniform_codes(values, step, low, high) * step
+
+    return best_clip(x, quantized) / high
 
 
 class _GradScale(torch.autograd.Function):

@@ -30,8 +30,8 @@ _CURES = (
 class GradientL1Params(PenaltyParams):
     """Options of ``gradient_l1``."""
 
-    lambda_weights: float = Field(0.01, ge=0, description="Weight of the gradients of weights; 0 leaves them out.")
-    lambda_activations: float = Field(0.01, ge=0, description="Weight of the gradients of activations.")
+    lambda_weights: float = Field(0.001, ge=0, description="Weight of the gradients of weights; 0 leaves them out.")
+    lambda_activations: float = Field(0.001, ge=0, description="Weight of the gradients of activations.")
     normalise: Literal["none", "numel", "step"] = Field(
         "none",
         description="'none': the sum of magnitudes, as in the paper; 'numel': their mean for each tensor; 'step': "

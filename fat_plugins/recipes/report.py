@@ -103,14 +103,14 @@ def _widths(config: dict[str, Any]) -> str:
     return " + ".join(_bits(s) for _, s in plugin_sections(config))
 
 
-def _at_each_width(results: list[VariantResult]) -> dict[str, str]:
-    """The fact how accurate models of several widths are at each, if there are any: means over the seeds."""
+def _at_each_width(results: list[VariantResult], metric: Metric) -> dict[str, str]:
+    """The fact how good models of several widths are at each, if there are any: means over the seeds."""
     found = []
     for name in dict.fromkeys(r.algorithm for r in results if r.widths):
         each = [r.widths for r in results if r.algorithm == name]
         means = {bits: sum(w[bits] for w in each) / len(each) for bits in each[0]}
-        found.append(f"{name}: " + ", ".join(f"{bits} bits {mean:.2%}" for bits, mean in means.items()))
-    return {"Test accuracy of one model at each width": "; ".join(found)} if found else {}
+        found.append(f"{name}: " + ", ".join(f"{bits} bits {metric.text(mean)}" for bits, mean in means.items()))
+    return {f"Test {metric.name} of one model at each width": "; ".join(found)} if found else {}
 
 
 def _rewrites(recipe: Recipe, names: list[str]) -> dict[str, str]:
@@ -194,7 +194,7 @@ class RunReport:
             "Float training": _phase(recipe.pretrain),
             "Fine-tuning from these float weights, the same for all": "; ".join(training),
             **_rewrites(recipe, names),
-            **_at_each_width(results),
+            **_at_each_width(results, task.metric),
             "Layers": _layers(configs[0]),
             "Fidelity": "; ".join(f"{kind.name}: {kind.fidelity}" for kind in used),
             "Seeds": f"{len(recipe.seeds)} ({', '.join(map(str, recipe.seeds))})"

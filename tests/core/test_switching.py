@@ -1,6 +1,7 @@
 """One model at several widths: switching all of it, and batch norms that follow."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -8,7 +9,14 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import fat_plugins
-from fat_plugins import ConfigError, QuantizationError, TensorSpec, get_algorithm, reestimate_batch_norms
+from fat_plugins import (
+    CheckpointError,
+    ConfigError,
+    QuantizationError,
+    TensorSpec,
+    get_algorithm,
+    reestimate_batch_norms,
+)
 from fat_plugins.switchable_norms import SwitchableBatchNorm2d, norm_statistics, switchable
 from fat_plugins.switching import follow_quantizers
 
@@ -222,3 +230,44 @@ def test_reestimation_renews_the_active_width_alone():
     changed = {k for k, v in norm_statistics(net).items() if not torch.equal(v, before[k])}
     assert changed == {"norm.running_mean_4", "norm.running_var_4"}
     assert int(net.norm.num_batches_tracked) == 2
+
+
+# -- the rewrite -----------------------------------------------------------------------------------------------------
+def float_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(4, 6, 3), plain_norm(), nn.Sequential(nn.BatchNorm2d(6, track_running_stats=False)))
+
+
+def test_the_rewrite_keeps_the_function_and_can_be_repeated_on_a_fresh_model():
+    net, x = float_net().eval(), images()
+    before = net(x)
+    (report,) = fat_plugins.rewrite(net, "switchable_norm", params={"bit_set": [4, 8]})
+    assert torch.equal(net(x), before)
+    assert (report.changed, report.left) == ({"1": {"channels": 6}}, {"2.0": "it has no running statistics"})
+    with torch.no_grad():
+        net[1].running_mean_4.add_(1.0)
+    fresh = float_net()
+    fat_plugins.rebuild(fresh, json.loads(json.dumps([report.to_dict()])))
+    fresh.load_state_dict(net.state_dict())
+    for each in (net, fresh.eval()):
+        each[1].set_active_bits(4)
+    assert torch.equal(fresh(x), net(x)) and not torch.equal(net(x), before)
+
+
+def test_rewrites_that_are_refused():
+    def rewritten(model, params):
+        fat_plugins.rewrite(model, "switchable_norm", params=params)
+
+    for params, message in (
+        ({}, "params.bit_set: this key is required"),
+        ({"bit_set": [4, 4]}, r"params.bit_set: \[4, 4\] repeat each other"),
+        ({"bit_set": [0]}, "params.bit_set.0: must be greater than or equal to 1, got 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            rewritten(float_net(), params)
+    with pytest.raises(ConfigError, match="switchable_norm: the model has no batch norm with running statistics"):
+        rewritten(nn.Sequential(nn.Linear(2, 2)), {"bit_set": [4]})
+    report = {"name": "switchable_norm", "params": {"bit_set": [4]}, "changed": {}, "left": {}}
+    for layer, message in (("0", "layer '0' is a Conv2d"), ("2.0", "of which there is no switchable form")):
+        with pytest.raises(CheckpointError, match=message):
+            fat_plugins.rebuild(float_net(), [{**report, "changed": {layer: {}}}])
