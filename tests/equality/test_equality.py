@@ -9,7 +9,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,8 +18,9 @@ from banks import LAYERS, WIDTHS, Bank, channels, plans, settings
 from compare import GUARD, HERE, batches, compare, crafted, fitting
 
 from fat_plugins import algorithms
-from fat_plugins.export._codes import input_guard, quantizer_guard
+from fat_plugins.export._codes import differs, input_guard, quantizer_guard
 from fat_plugins.export.probes import fill, points, thresholds
+from fat_plugins.export.verify import _record
 from fat_plugins.forms import Codebook, Staircase, UniformGrid
 
 NAMES, TARGETS = list(algorithms()), list(HERE)
@@ -29,7 +29,7 @@ each_target = pytest.mark.parametrize("target", TARGETS)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
-def small(name, count=2):
+def small(name, count=1):
     """Some branches of an algorithm; those of few thresholds, whose files are small."""
     found = [p for p in plans(name) if p.activation.bits < 8]
     return random.Random(name).sample(found, min(count, len(found)))
@@ -37,7 +37,7 @@ def small(name, count=2):
 
 @pytest.fixture(scope="module")
 def sample():
-    """Two branches of every algorithm, frozen, and what the trained ones gave."""
+    """A branch of every algorithm, frozen, and what the trained ones gave."""
     bank = Bank([p for name in NAMES for p in small(name)])
     inputs = bank.inputs(3)
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_codes_are_equal_in_every_layer(sample, target, tmp_path):
     assert tally.differences == tally.deployed_differences == 0, tally.first
     assert tally.branches + sum(tally.refused.values()) == len(sample[0].branches)
     assert set(tally.refused) <= {"thresholds per channel of a tensor of rank 3; allowed: 2, 4"}
-    assert all(a.probes for a in report.activations) and tally.codes > 100_000
+    assert all(a.probes for a in report.activations) and tally.codes > 50_000
     # quantizers of files with exact arithmetic have no ties at all
     assert target == "openvino" or not any(a.ties for a in report.activations)
 
@@ -140,15 +140,14 @@ def grids():
 
 
 @each_target
-@pytest.mark.parametrize("factor", [1 + 1e-3, 1 - 1e-3])
-def test_a_scale_that_is_wrong_by_a_thousandth_is_found(grids, target, factor, tmp_path):
+def test_a_scale_that_is_wrong_by_a_thousandth_is_found(grids, target, tmp_path):
     bank = copy.deepcopy(grids)
     path = tmp_path / f"m{HERE[target].suffix}"
     assert fitting(bank, HERE[target], path, {}) is not None
     inputs = batches(bank)
     assert HERE[target].verify(bank, path, inputs).ok
     for branch in bank.branches:
-        rescaled(branch.first, factor)
+        rescaled(branch.first, 1.001)
     report = HERE[target].verify(bank, path, inputs)
     assert not report.ok
     for check in report.activations:
@@ -236,13 +235,21 @@ def test_integer_and_float_kernels_give_the_same_codes(tmp_path):
     bank, path = Bank(chosen).freeze(), tmp_path / "m.xml"
     HERE["openvino"].export(bank, path, bank.inputs(2))
     assert {k.speed for k in kernels(path)} == {"int8"}
-    x = [v.numpy() for v in bank.inputs(16, seed=3)]
-    core, slow = openvino.Core(), {**exact("CPU"), "LP_TRANSFORMS_MODE": "NO"}
-    fast = core.compile_model(str(path), "CPU", exact("CPU"))(x)
-    plain = core.compile_model(str(path), "CPU", slow)(x)
-    wanted = bank(*(torch.from_numpy(v) for v in x))
-    for i, branch in enumerate(bank.branches):
-        step = float(branch.second.form.scale)
-        for found in (fast[i], plain[i]):
-            moved = np.abs(found - wanted[i].numpy()) > 0.01 * step
-            assert moved.mean() < 2e-3, branch.plan
+    inputs = bank.inputs(16, seed=3)
+    calls, x, core = _record(bank, inputs), [v.numpy() for v in inputs], openvino.Core()
+    for settings_, integers in ((exact("CPU"), True), ({**exact("CPU"), "LP_TRANSFORMS_MODE": "NO"}, False)):
+        compiled = core.compile_model(str(path), "CPU", settings_)
+        found = compiled(x)
+        assert _integer_layers(compiled) == (len(chosen) if integers else 0)
+        for i, branch in enumerate(bank.branches):
+            form, reached = branch.second.form, calls.inputs[branch.second.name]
+            bad = differs(form, torch.from_numpy(found[i]), form.encode(reached))
+            assert not bool((bad & (form.ties(reached) >= input_guard(form, GUARD))).any()), branch.plan
+
+
+def _integer_layers(compiled):
+    """How many layers of a compiled model run on integer kernels."""
+    infos = [{k: str(getattr(v, "value", v)) for k, v in n.get_rt_info().items()}
+             for n in compiled.get_runtime_model().get_ordered_ops()]  # fmt: skip
+    layers = [i for i in infos if i.get("layerType") in ("Convolution", "FullyConnected", "MatMul")]
+    return sum("_i8" in i["primitiveType"].lower() or i["runtimePrecision"] in ("i8", "u8") for i in layers)
