@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.measuring import by_turns, medians, spread, write_json
 from benchmarks.nets import NETS, SIDES, batches, settled
-from benchmarks.timing import by_turns, medians, spread, write_json
 
 #: what stands for each width: LSQ's uniform grid down to 2 bits, BiTAT's -1 and +1 at one bit
 OURS = {8: "lsq", 4: "lsq", 3: "lsq", 2: "lsq", 1: "bitat"}

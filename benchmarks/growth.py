@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.measuring import by_turns, medians, saved_bytes, write_json
 from benchmarks.nets import batches, small_cnn
-from benchmarks.timing import by_turns, medians, write_json
 
 #: what is imported, and what it is compared with
 IMPORTS = (
@@ -82,21 +82,9 @@ def step(model: nn.Module, images: torch.Tensor) -> Any:
     return run
 
 
-def saved_bytes(model: nn.Module, images: torch.Tensor) -> int:
-    """Bytes that autograd keeps for the backward of one forward, each storage once, parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = model.train()(images).sum()
-    loss.backward()
-    return sum(kept.values())
+def kept_bytes(model: nn.Module, images: torch.Tensor) -> int:
+    """Bytes that autograd keeps for the backward of one forward, parameters left out."""
+    return saved_bytes(lambda: model.train()(images).sum(), *model.parameters())
 
 
 def row(depth: int, width: int, bits: int, algorithm: str, repeats: int) -> dict[str, Any]:
@@ -120,7 +108,7 @@ def row(depth: int, width: int, bits: int, algorithm: str, repeats: int) -> dict
         "algorithm": algorithm,
         "compress": build["ours"] / build["NNCF"],
         "step": steps["ours"] / steps["float"],
-        "saved": saved_bytes(quantized, images) / saved_bytes(deepcopy(model), images),
+        "saved": kept_bytes(quantized, images) / kept_bytes(deepcopy(model), images),
     }
 
 

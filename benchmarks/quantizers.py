@@ -18,7 +18,7 @@ from typing import NamedTuple
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # read when torch is imported
 
 import torch
-from measuring import medians, peak_bytes, saved_bytes
+from measuring import by_turns, medians, peak_bytes, saved_bytes
 
 from fat_plugins import ConfigError, TensorSpec, get_backend, set_backend
 from fat_plugins.errors import QuantizationError
@@ -197,7 +197,7 @@ def measure(setting: Setting, args: argparse.Namespace) -> list[Row]:
             buffers[i % 2].copy_(x)
 
     steps = {FLOOR: floor, **{name: stepper(candidate) for name, candidate in found.items()}}
-    times = medians(steps, args.repeats, args.device, args.busy)
+    times = medians(by_turns(steps, args.repeats, device=args.device, busy=args.busy))
     rows, size = [], x.numel() * x.element_size()
     for name, candidate in found.items():
         leaf.grad = None

@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from benchmarks.measuring import by_turns, medians, saved_bytes
 from benchmarks.nets import NETS
 from benchmarks.step_hosts import HOSTS, Candidate, make
-from benchmarks.timing import by_turns, medians
 
 _ROOT = Path(__file__).parents[1]
 #: batch and side of the images
@@ -61,33 +60,7 @@ class Run:
             before = torch.cuda.memory_allocated()
             self.step()
             return torch.cuda.max_memory_allocated() - before
-        own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        seen: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                seen[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = self._loss()
-        total = sum(seen.values())  # of tensors that are all alive until here
-        loss.backward()
-        return total
-
-
-def _medians(runs: dict[str, Callable[[], None]], repeats: int, cuda: bool) -> dict[str, float]:
-    """Median seconds, the runs taking turns."""
-
-    def finished(run: Callable[[], None]) -> Callable[[], None]:
-        def both() -> None:
-            run()
-            torch.cuda.synchronize()
-
-        return both
-
-    return medians(by_turns({n: finished(r) if cuda else r for n, r in runs.items()}, repeats, warm_up=1))
+        return saved_bytes(self._loss, *self.model.parameters())
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
@@ -113,12 +86,13 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
             found["rows"][name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
             continue
         runs[name] = run
-    cuda = job["device"] == "cuda"
-    steps = _medians({name: run.step for name, run in runs.items()}, job["repeats"], cuda)
+    turns, how = {name: run.step for name, run in runs.items()}, {"warm_up": 1, "device": job["device"]}
+    steps = medians(by_turns(turns, job["repeats"], **how))
     memory = {name: run.memory() for name, run in runs.items()}
     for run in runs.values():
         run.model.eval()
-    evaluations = _medians({name: run.evaluate for name, run in runs.items()}, job["repeats"], cuda)
+    turns = {name: run.evaluate for name, run in runs.items()}
+    evaluations = medians(by_turns(turns, job["repeats"], **how))
     for name in runs:
         found["rows"][name] = {"step_s": steps[name], "eval_s": evaluations[name], "bytes": memory[name]}
     return found

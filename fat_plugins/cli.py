@@ -83,6 +83,9 @@ Which = Annotated[
 Format = Annotated[
     str | None, typer.Option("--format", "-f", help="openvino, qonnx or onnx; default: what the recipe names.")
 ]
+Bits = Annotated[
+    int | None, typer.Option("--bits", help="Of a model of several bit widths another one than the recipe's.")
+]
 AllowImport = Annotated[
     list[str] | None,
     typer.Option(metavar="MODULE", help="Let the recipe run functions of this module or package of yours; repeatable."),
@@ -119,6 +122,36 @@ def algorithms(as_json: Json = False) -> None:
     for r in rows:
         weights, activations = (f"{low} to {high} bit" for low, high in (r["weight_bits"], r["activation_bits"]))
         table.add_row(r["name"], r["title"], r["paper"], r["arxiv"] or "-", weights, activations, r["fidelity"])
+    _console().print(table)
+
+
+@app.command()
+@_one_line_errors
+def rewrites(as_json: Json = False) -> None:
+    """List the rewrites: what a recipe can do to the float network before quantizers are placed."""
+    from fat_plugins.rewrites import rewrites as registered
+
+    _list(registered(), as_json)
+
+
+@app.command()
+@_one_line_errors
+def penalties(as_json: Json = False) -> None:
+    """List the penalties: what a recipe can add to a loss to prepare for quantization."""
+    from fat_plugins.penalties import penalties as registered
+
+    _list(registered(), as_json)
+
+
+def _list(classes: dict[str, Any], as_json: bool) -> None:
+    """What classes by name say about their papers, as a table or JSON."""
+    rows = [{k: getattr(c, k) for k in ("name", "title", "paper", "arxiv", "fidelity")} for c in classes.values()]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table("name", "title", "paper", "arXiv", "fidelity", show_lines=True)
+    for row in rows:
+        table.add_row(*(value or "-" for value in row.values()))
     _console().print(table)
 
 
@@ -231,6 +264,7 @@ def export(
         Path | None,
         typer.Option("--output", "-o", help="One file, its suffix may name the format; default: below RUN/export."),
     ] = None,
+    bits: Bits = None,
     checkpoint: Which = None,
     allow_import: AllowImport = None,
 ) -> None:
@@ -239,10 +273,10 @@ def export(
     from fat_plugins.recipes.directory import check_inside
 
     _allow(allow_import)
-    loaded, targets = _load(run, checkpoint, format, output)
+    loaded, targets = _load(run, checkpoint, format, output, bits)
     frozen = loaded.host.freeze(loaded.model)
     for target in targets:
-        path = output or model_path(run, target)
+        path = output or model_path(run, target, bits)
         if output is None:
             check_inside(run, path)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -265,6 +299,7 @@ def verify(
         Path | None,
         typer.Option("--model", help="One file, its suffix may name the format; default: all below RUN/export."),
     ] = None,
+    bits: Bits = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Test images to use; default: the recipe's.")] = None,
     checkpoint: Which = None,
     allow_import: AllowImport = None,
@@ -276,13 +311,13 @@ def verify(
     from fat_plugins.recipes import model_path
 
     _allow(allow_import)
-    loaded, targets = _load(run, checkpoint, format, model)
+    loaded, targets = _load(run, checkpoint, format, model, bits)
     settings = loaded.recipe.export
     count = samples or (settings.verify_samples if settings is not None else 64)
     frozen, images = loaded.host.freeze(loaded.model), loaded.data.images("test", count)[0]
     reports = {}
     for target in targets:
-        path = model or model_path(run, target)
+        path = model or model_path(run, target, bits)
         reports[path.name] = target.verify(frozen, path, images)
     if as_json:
         data = {name: report.to_dict() for name, report in reports.items()}
@@ -340,18 +375,24 @@ def _allow(modules: list[str] | None) -> None:
     allow(*modules or ())
 
 
-def _load(run: Path, checkpoint: str | None, format: str | None, path: Path | None) -> tuple[Any, list[Any]]:
-    """The trained model of a run and the targets that a command means, all of them installed."""
+def _load(
+    run: Path, checkpoint: str | None, format: str | None, path: Path | None, bits: int | None
+) -> tuple[Any, list[Any]]:
+    """The trained model of a run, at a width, and the targets that a command means, all of them installed."""
     from fat_plugins.recipes import load_run, run_recipe
     from fat_plugins.recipes.schema import ExportSection
     from fat_plugins.recipes.targets import choose
+    from fat_plugins.switching import set_active_bits
 
     which = _which(checkpoint)
     settings = run_recipe(run, which).export or ExportSection()
     targets = choose(settings.format, format, path)
     for target in targets:  # before the model is rebuilt, which takes its time
         target.require()
-    return load_run(run, which), targets
+    loaded = load_run(run, which)
+    if bits is not None:
+        set_active_bits(loaded.model, bits)
+    return loaded, targets
 
 
 def _which(checkpoint: str | None) -> str | None:

@@ -7,9 +7,14 @@ the input and the scale (the codes are recomputed). Their elementwise bodies are
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fat_plugins.clipping import best_clip
 from fat_plugins.kernels import evaluate, get_backend, set_backend, total, wide  # noqa: F401 (their old home)
 
 
@@ -82,6 +87,24 @@ def _straight(ctx, grad: Tensor, x: Tensor, scale: Tensor, kernels: tuple, args:
     return by_x, sums[0].reshape(scale.shape).to(scale.dtype) if need_scale else None
 
 
+def _straight_again(
+    grad: Tensor, x: Tensor, scale: Tensor, low: float, high: float, code: Callable[[Tensor], Tensor], residual: bool,
+    inclusive: bool, clip_x: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of :func:`_straight` in operations that autograd follows, for who differentiates them once more.
+
+    Codes and clip bands are constant between thresholds; the rounding residual moves with ``x`` and the scale.
+    """
+    r = wide(x) / scale
+    clipped = r.clamp(low, high)
+    with torch.no_grad():
+        band = _inside_(r.clone(), clipped, low, high, inclusive)
+        codes = code(clipped)
+    g = wide(grad)
+    by_scale = ((codes if residual else clipped) - clipped * band) * g
+    return (g * band).to(x.dtype) if clip_x else grad, total(by_scale, scale).reshape(scale.shape).to(scale.dtype)
+
+
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, low, high, clip_x, residual, inclusive):
@@ -90,8 +113,11 @@ class _FakeQuantize(torch.autograd.Function):
         return evaluate(_fq_forward, (x,), (scale,), (low, high))[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            low, high, *rules = ctx.args
+            x, scale = ctx.saved_tensors
+            return (*_straight_again(grad, x, scale, low, high, torch.round, *rules, ctx.clip_x), *(None,) * 5)
         kernels = _fq_backward, _fq_backward_x, _fq_backward_scale
         return (*_straight(ctx, grad, *ctx.saved_tensors, kernels, ctx.args, ctx.clip_x), *(None,) * 5)
 
@@ -205,9 +231,12 @@ class _LevelQuantize(torch.autograd.Function):
         return evaluate(_levels_forward, (x,), (scale,), (levels, thresholds))[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, scale, *grid = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            nearest = partial(_nearest, levels=grid[0], thresholds=grid[1])
+            ends = float(grid[0][0]), float(grid[0][-1])
+            return (*_straight_again(grad, x, scale, *ends, nearest, ctx.residual, True, ctx.clip_x), *(None,) * 4)
         kernels = _levels_backward, _levels_backward_x, _levels_backward_scale
         return (*_straight(ctx, grad, x, scale, kernels, (*grid, ctx.residual), ctx.clip_x), *(None,) * 4)
 
@@ -232,23 +261,15 @@ def level_quantize(
 # --------------------------------------------------------------------------------------------------------------------
 # small helpers
 # --------------------------------------------------------------------------------------------------------------------
-#: of :func:`best_step`
-_SAMPLES, _CANDIDATES = 2**16, 100
-
-
 def best_step(x: Tensor, low: int, high: int) -> float:
-    """The step with the least mean squared error on ``x``, among hundredths of the one that reaches the largest value.
+    """The step with the least mean squared error on ``x``, for a grid of the integers ``low .. high``; see
+    :func:`fat_plugins.clipping.best_clip`, of which it is the ``high``-th part."""
 
-    Looks at 65536 evenly spaced elements at most.
-    """
-    flat = x.reshape(-1)
-    largest = flat.abs().max()
-    if not bool(largest > 0):
-        return 0.0
-    flat = flat[:: max(1, -(-flat.numel() // _SAMPLES))] / largest
-    steps = torch.arange(1, _CANDIDATES + 1, device=x.device, dtype=flat.dtype) / (_CANDIDATES * high)
-    errors = [((flat / s).round_().clamp_(low, high).mul_(s) - flat).square_().mean() for s in steps]
-    return float(steps[int(torch.stack(errors).argmin())]) * float(largest)
+    def quantized(values: Tensor, clip: Tensor) -> Tensor:
+        step = clip / high
+        return uniform_codes(values, step, low, high) * step
+
+    return best_clip(x, quantized) / high
 
 
 class _GradScale(torch.autograd.Function):
@@ -298,13 +319,25 @@ def keep_zeros(out: Tensor, x: Tensor) -> Tensor:
     return _KeepZeros.apply(out, x)
 
 
+def _many_processes() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _reduced(x: Tensor, how: Any) -> Tensor:
+    x = x.clone()
+    torch.distributed.all_reduce(x, op=how)
+    return x
+
+
 def largest_of_processes(x: Tensor) -> Tensor:
     """The elementwise maximum of ``x`` over all processes of a distributed training; ``x`` itself without one."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        x = x.clone()
-        distributed.all_reduce(x, op=distributed.ReduceOp.MAX)
-    return x
+    return _reduced(x, torch.distributed.ReduceOp.MAX) if _many_processes() else x
+
+
+def sum_of_processes(x: Tensor) -> Tensor:
+    """The elementwise sum, as :func:`largest_of_processes`."""
+    return _reduced(x, torch.distributed.ReduceOp.SUM) if _many_processes() else x
 
 
 def per_channel_view(x: Tensor, ndim: int, axis: int) -> Tensor:

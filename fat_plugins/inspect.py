@@ -198,7 +198,7 @@ def _row_of(path: str, quantizer: Quantizer, weight: Tensor | None) -> LayerSumm
         if not quantizer.owns_weight:
             error = error_of(quantizer.rounded(weight), form.decode(codes), fit=True)
     elif isinstance(quantizer, ActivationQuantizer) and quantizer.calibrated:
-        form = quantizer.form()
+        form = quantizer.nominal_form()
     return LayerSummary(
         spec.name or path,
         spec.role,

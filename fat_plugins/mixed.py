@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from pydantic import PrivateAttr
 
-from fat_plugins.config import CompressionConfig
+from fat_plugins.config import PLAIN_BITS, CompressionConfig
 from fat_plugins.errors import ConfigError
 from fat_plugins.quantizer import Role, TensorSpec
+from fat_plugins.registry import get_algorithm
 from fat_plugins.scopes import as_list
 
 #: keys that hold for the whole model
@@ -109,4 +110,17 @@ def parse_sections(sections: Sequence[tuple[str, dict[str, Any]]]) -> Compressio
     return parts[0] if len(parts) == 1 else MixedConfig.of(parts)
 
 
-__all__ = ["MixedConfig", "algorithms_of", "joint_name", "parse_sections"]
+def refuse_undeployable(config: CompressionConfig) -> None:
+    """Refuse what trains but cannot be exported, before it is trained.
+
+    :raises ConfigError: one line with the section's place.
+    """
+    for section in config.parts:
+        for role in ("weight", "activation"):
+            name, _, params = section.resolve(TensorSpec(role, PLAIN_BITS), lambda scope: False)
+            algorithm = get_algorithm(name)
+            if why := algorithm.not_deployable(algorithm.parse_params(params)):
+                raise ConfigError(f"{section.where}: {why}, or leave 'export' null")
+
+
+__all__ = ["MixedConfig", "algorithms_of", "joint_name", "parse_sections", "refuse_undeployable"]

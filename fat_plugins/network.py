@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fat_plugins.quantizer import Coordinator, Progress, Quantizer
+from fat_plugins.quantizer import Coordinator, Progress, Quantizer, Role
 
 _MOST_DIMENSIONS = 8
 
@@ -23,6 +24,25 @@ def named_quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
 def coordinators(model: nn.Module) -> Iterator[Coordinator]:
     """Every coordinator inside ``model``, whatever host put it there."""
     return (m for m in model.modules() if isinstance(m, Coordinator))
+
+
+@contextmanager
+def in_force(model: nn.Module, roles: Collection[Role]) -> Iterator[None]:
+    """Quantizers of other roles than these are disabled; those that are disabled already stay so."""
+    off = [q for _, q in named_quantizers(model) if q.enabled and q.role not in roles]
+    try:
+        for quantizer in off:
+            quantizer.enabled = False
+        yield
+    finally:
+        for quantizer in off:
+            quantizer.enabled = True
+
+
+def begin(model: nn.Module) -> None:
+    """Let every coordinator do what it does before training (see :meth:`Coordinator.begin`)."""
+    for coordinator in coordinators(model):
+        coordinator.begin()
 
 
 def _quantizers_and_coordinators(model: nn.Module) -> tuple[list[Quantizer], list[Coordinator]]:

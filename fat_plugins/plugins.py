@@ -31,7 +31,8 @@ def load_group(group: str, base: type, kind: str) -> tuple[dict[str, type], dict
         elif loaded.name != point.name:
             broken[point.name] = f"{where} calls itself '{loaded.name}'"
         elif found.get(point.name, loaded) is not loaded:
-            broken[point.name] = f"{where}: another installed package has an {kind} of this name"
+            one = f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
+            broken[point.name] = f"{where}: another installed package has {one} of this name"
         else:
             found[point.name] = loaded
     for name, reason in broken.items():

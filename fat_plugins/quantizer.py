@@ -6,21 +6,23 @@ which framework placed it, nor which target will run its codes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from fat_plugins.errors import CheckpointError, QuantizationError
+from fat_plugins.deprecation import moved
+from fat_plugins.errors import CheckpointError, QuantizationError, shown
 from fat_plugins.figures import Figure
 from fat_plugins.forms import Form, refuse_nonfinite
 from fat_plugins.functional import keep_zeros
 from fat_plugins.reuse import Kept, Shared
 
 Role = Literal["weight", "activation"]
+ROLES: tuple[Role, ...] = ("weight", "activation")
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,13 @@ def module_geometry(layer: nn.Module) -> dict[str, Any]:
     return conv_geometry(kernel, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
+def check_width(bits: int, widths: Sequence[int], where: str) -> None:
+    """:raises QuantizationError: ``bits`` is none of ``widths``; ``where`` says whose they are."""
+    if type(bits) is not int or bits not in widths:
+        allowed = ", ".join(str(b) for b in widths)
+        raise QuantizationError(f"{where}: it does not compute at {shown(bits)} bits; allowed: {allowed}")
+
+
 @dataclass
 class Progress:
     """Where training stands. Driven by the host's scheduler, saved with the checkpoint, never counted in forwards.
@@ -142,6 +151,8 @@ class Quantizer(nn.Module):
         self.spec = spec
         self.params = params
         self.enabled = True
+        #: the one of :attr:`widths` that it computes at; a mode like ``training``, no part of the state dict
+        self.active_bits = spec.bits
         self._lr_multiplier: float | None = None
         self._lr_hooks: list[Any] = []
         self.register_buffer("status", torch.tensor([self.state_version, 0, int(bool(spec.signed))]))
@@ -161,8 +172,23 @@ class Quantizer(nn.Module):
 
     @property
     def bits(self) -> int:
-        """Bit width in force: that of the deployed form. Below ``spec.bits`` where an algorithm has learned it."""
-        return self.spec.bits
+        """Bit width in force: that of the deployed form. Below ``spec.bits`` where an algorithm has learned it, the
+        active one where it has several."""
+        return self.active_bits
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The bit widths that it can compute at, descending; one but for algorithms of several, whose parameters serve
+        all of them. ``spec.bits`` is among them: it is active at first, and after the model was rebuilt."""
+        return (self.spec.bits,)
+
+    def set_active_bits(self, bits: int) -> None:
+        """Compute at another of :attr:`widths` from now on. For a whole model: :func:`fat_plugins.set_active_bits`.
+
+        :raises QuantizationError: ``bits`` is none of them.
+        """
+        check_width(bits, self.widths, self.spec.name or self.role)
+        self.active_bits = bits
 
     @property
     def noisy(self) -> bool:
@@ -270,7 +296,8 @@ class Quantizer(nn.Module):
 
     def extra_repr(self) -> str:
         spec = self.spec
-        parts = [spec.name or self.role, f"bits={self.bits}"]
+        several = f" of {list(self.widths)}" if len(self.widths) > 1 else ""
+        parts = [spec.name or self.role, f"bits={self.bits}{several}"]
         if self.algorithm:
             parts.insert(1, self.algorithm)
         if spec.shape:
@@ -499,8 +526,16 @@ class ActivationQuantizer(Quantizer):
         raise NotImplementedError
 
     def form(self) -> Form:
-        """The deployed form; ``form.decode(form.encode(x))`` equals the evaluation forward bit for bit."""
+        """The deployed form; ``form.decode(form.encode(x))`` equals the evaluation forward bit for bit.
+
+        :raises ExportError: there is none, because the range follows every input; the message says what to do.
+        """
         raise NotImplementedError
+
+    def nominal_form(self) -> Form:
+        """What reports show and hosts carry along in training: :meth:`form`, or where there is none the one that comes
+        nearest to it."""
+        return self.form()
 
     def monitor(self, weight: Tensor | None = None) -> dict[str, float]:
         """Width and mean scale."""
@@ -512,7 +547,21 @@ class ActivationQuantizer(Quantizer):
 
         Override it where :meth:`form` stalls the device.
         """
-        return self.form().scale
+        return self.nominal_form().scale
+
+
+class Calibration(Protocol):
+    """The host's calibration data, in the hands of a coordinator."""
+
+    def __call__(self, samples: int, turns: Sequence[Collection[Role]] = (ROLES,)) -> None:
+        """Pass about ``samples`` samples through the model as it stands, in evaluation mode and without gradient, show
+        their inputs to weight quantizers that want them, and restore the modes.
+
+        :param turns: each batch goes through the model once for every entry, which names the roles whose quantizers are
+            in force then; all others are disabled. ``((), ROLES)`` shows the inputs of the float network and of the
+            quantized one, batch by batch, whatever order the loader draws its samples in.
+        """
+        ...
 
 
 class Coordinator(nn.Module):
@@ -525,16 +574,19 @@ class Coordinator(nn.Module):
     def __init__(self, layers: list[LayerQuantizers]) -> None:
         super().__init__()
         self.layers = layers
-        self._calibration: Callable[[int], None] | None = None
+        self._calibration: Calibration | None = None
 
-    def set_calibration(self, run: Callable[[int], None] | None) -> None:
-        """Give the coordinator the host's data.
-
-        :param run: ``run(samples)`` passes about that many samples of the calibration data through the model as it
-            stands, in evaluation mode and without gradient, shows their inputs to weight quantizers that want them, and
-            restores the modes.
-        """
+    def set_calibration(self, run: Calibration | None) -> None:
+        """Give the coordinator the host's data."""
         self._calibration = run
+
+    def begin(self) -> None:
+        """Everything is initialised but the batch norms, which the host may adapt afterwards: what a method does to a
+        network once, without training, it does here.
+
+        Adapters call it on a new model when they have data, before parameters are folded
+        (:meth:`WeightQuantizer.fold_into`); not on a model that is rebuilt from a saved state.
+        """
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_calibration": None}  # it belongs to the model that was copied
@@ -570,3 +622,7 @@ class LayerQuantizers:
     weight: WeightQuantizer | None = None
     input_activation: ActivationQuantizer | None = None
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+
+
+_MOVED = ("broadcast_state", "coordinators", "named_quantizers", "param_groups", "regularization", "set_progress")
+__getattr__ = moved(__name__, dict.fromkeys(_MOVED, "fat_plugins.network"), until="0.4")

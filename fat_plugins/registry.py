@@ -85,6 +85,12 @@ class Algorithm:
             )
 
     @classmethod
+    def not_deployable(cls, params: Params) -> str:
+        """Why no file can hold what these options train; empty, the default, where one can. Recipes that export say it
+        before they train."""
+        return ""
+
+    @classmethod
     def make_weight(cls, spec: TensorSpec, params: Params | dict | None = None) -> WeightQuantizer:
         """A weight quantizer for ``spec``."""
         params = params if isinstance(params, Params) else cls.parse_params(params)

@@ -206,7 +206,7 @@ class Shared:
                 f"{name}: accumulate() cannot share quantized weights under DistributedDataParallel, which would "
                 "average gradients before they are there; use its no_sync() alone"
             )
-        key = (*how, *(id(leaf) for leaf in leaves))
+        key = (quantizer.active_bits, *how, *(id(leaf) for leaf in leaves))
         part = self._parts.get(key)
         if part is None:
             out = quantizer.compute(weight)

@@ -121,6 +121,42 @@ def lsq_step(v, high):
     return 2 * np.abs(v).mean() / np.sqrt(high)
 
 
+def haar_matrix(n, levels):
+    """Analysis matrices of the bands ``[low, high_1, ...]`` of ``n`` numbers (one_model_for_all.md section 3): an odd
+    length is padded with a zero."""
+    low, bands = np.eye(n), []
+    for _ in range(levels):
+        if len(low) % 2:
+            low = np.vstack([low, np.zeros((1, n))])
+        bands.append((low[0::2] - low[1::2]) / np.sqrt(2))
+        low = (low[0::2] + low[1::2]) / np.sqrt(2)
+    return [low, *bands]
+
+
+def one_model_weight(w, bits, step, gains=None, groups=1, grad=None):
+    """one_model_for_all.md sections 3 and 4, two bits and more, for filters along the first axis: ``gains`` has one
+    number per band, or a row of them per filter. Gradients of weight, step and gains."""
+    inputs = w.shape[1] // groups if w.ndim > 1 else 1
+    blocks = w.reshape(len(w), groups, inputs, -1)
+    mix = np.broadcast_to(np.eye(inputs), (len(w), inputs, inputs))
+    if gains is not None:
+        bands = haar_matrix(inputs, np.shape(gains)[-1] - 1)
+        each = np.broadcast_to(gains, (len(w), len(bands)))
+        mix = np.stack([sum(g * band.T @ band for g, band in zip(row, bands, strict=True)) for row in each])
+    latent = np.einsum("cij,cgjs->cgis", mix, blocks).reshape(w.shape)
+    high = 2 ** (bits - 1) - 1
+    s = np.reshape(step, [-1] + [1] * (w.ndim - 1))
+    r = lsq(latent, s, -high - 1, high, 1 / np.sqrt(w.size / np.size(step) * high), grad)
+    dlatent = r["dv"].reshape(blocks.shape)
+    dgains = None
+    if gains is not None:
+        inner = [np.einsum("kj,cgjs->cgks", b, blocks) * np.einsum("kj,cgjs->cgks", b, dlatent) for b in bands]
+        dgains = np.stack([i.sum((1, 2, 3)) for i in inner], 1)
+        dgains = dgains if np.ndim(gains) > 1 else dgains.sum(0)
+    dw = np.einsum("cji,cgjs->cgis", mix, dlatent).reshape(w.shape)
+    return r["vq"], dw, r["ds"].reshape(-1), dgains
+
+
 def minmax_weight(w, bits, axis=0, per_channel=True):
     n = 2 ** (bits - 1) - 1
     over = tuple(i for i in range(w.ndim) if i != axis) if per_channel else None
@@ -419,6 +455,18 @@ def lq_nets_weight(rows, basis):
     return out
 
 
+def daq_mid_rise(u, step, half):
+    """daq.md section 2: ``M(u; D, L)``."""
+    return np.clip(step * (np.round(u / step + 0.5) - 0.5), -(half - 0.5) * step, (half - 0.5) * step)
+
+
+def daq_weight(w, bits, optimal):
+    """daq.md section 3: one unbiased deviation, the step of the table one bit below unless ``optimal``."""
+    table = [2.0, 1.596, 0.996, 0.586, 0.335, 0.188, 0.104, 0.057, 0.031]
+    step = table[bits if optimal else bits - 1] * w.std(ddof=1)
+    return daq_mid_rise(w, step, 2 ** (bits - 1)) if step > 0 else np.zeros_like(w)
+
+
 def slb_weight(logits, scale, temperature, grad, hard):
     """slb.md sections 3 and 4, rows C x n of logits C x n x m; ``scale`` is the value of the outermost level."""
     m = logits.shape[-1]
@@ -429,3 +477,50 @@ def slb_weight(logits, scale, temperature, grad, hard):
     out = v[logits.argmax(-1)] if hard else soft
     da = temperature * p * (v - soft[..., None]) * (grad * scale[:, None])[..., None]
     return out * scale[:, None], da
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# GPFQ
+# --------------------------------------------------------------------------------------------------------------------
+def gpfq_weight(w, step, bits, alphabet, mode, threshold):
+    """gpfq.md section 3: the quantizer Q of each mode on the weight itself (nothing is random there)."""
+    k = 2 ** (bits - 1) - (0 if alphabet == "authors" else 2 if mode == "l0" else 1)
+    magnitude = np.abs(w)
+    if mode == "l0":
+        above = np.minimum(np.floor((magnitude - threshold) / step + 0.5), k)
+        return np.where(magnitude > threshold, np.sign(w) * (threshold + step * above), 0.0)
+    if mode == "l1":
+        w = np.sign(w) * np.maximum(magnitude - threshold, 0)
+    codes = np.floor(w / step + 0.5)
+    return np.sign(codes) * np.minimum(np.abs(codes), k) * step
+
+
+def sdq_weight(w, alpha, bits, powers=False, tau=None, ratio=None, keep_zeros=False, grad=None):
+    """sdq.md sections 3 and 4, with the gradient's factor of section 4; powers of two by their logarithm."""
+    n = 2 ** (bits - 1) - 1
+    s = max(w[w != 0].std() if keep_zeros else w.std(), 1e-8)
+    c = alpha * s
+    u = np.clip(w / c, -1, 1)
+    if powers:
+        with np.errstate(divide="ignore"):
+            j = np.clip(np.round(-np.log2(np.abs(u))), 0, n - 1)
+        q, threshold = np.sign(w) * 2.0**-j, c * 2.0 ** (1 - n) / np.sqrt(2)
+    else:
+        q, threshold = np.round(n * u) / n, 0.0
+    if not keep_zeros and tau is not None:
+        threshold = tau * s
+    if not keep_zeros and ratio is not None:
+        threshold = np.sort(np.abs(w), axis=None)[int(ratio * w.size)]
+    q = np.where(np.abs(w) < threshold, 0.0, q)
+    dalpha = s * (grad * (q - w / c * (np.abs(w) < c))).sum() / np.sqrt(w.size * n)
+    return {"wq": c * q, "dw": grad * (np.abs(w) <= c), "dalpha": dalpha}
+
+
+def sdq_activation(x, alpha, sigma, bits, signed, grad):
+    """sdq.md section 5, with the gradient's factor of section 4."""
+    n = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
+    c, low = alpha * sigma, -1.0 if signed else 0.0
+    q = np.round(n * np.clip(x / c, low, 1)) / n
+    inside = (x >= low * c) & (x <= c)
+    dalpha = sigma * (grad * (q - x / c * inside)).sum() / np.sqrt(x.size / x.shape[0] * n)
+    return {"xq": c * q, "dx": grad * inside, "dalpha": dalpha}

@@ -233,9 +233,62 @@ def check_added_operations(run: Callable[[], Any], core: Callable[[], Any]) -> C
     return whole.count - own.count
 
 
+class StepsOfAHost:
+    """The tests of every host. A host's own class, whose name begins with ``Test``, says how it makes its models."""
+
+    @staticmethod
+    def compress(algorithm: str, **more: Any) -> tuple[Any, nn.Module]:
+        """Controller and model; ``more`` are keys of the section."""
+        raise NotImplementedError
+
+    @staticmethod
+    def compress_masked() -> tuple[Any, nn.Module, set[str]]:
+        """The same for LSQ behind masks, and the layers that have one."""
+        raise NotImplementedError
+
+    @pytest.mark.parametrize("algorithm", ALGORITHMS)
+    def test_a_training_step_waits_for_nothing(self, algorithm):
+        controller, model = self.compress(algorithm)
+        check_no_wait(model, controller)
+
+    @needs_gpu
+    @pytest.mark.parametrize("algorithm", ["lsq", "fat"])
+    def test_a_training_step_waits_for_nothing_on_a_gpu(self, algorithm):
+        controller, model = self.compress(algorithm)
+        check_no_wait_on_gpu(model, controller)
+
+    @pytest.mark.parametrize("algorithm", ["lsq", "fat", "dropbits"])
+    def test_evaluation_quantizes_weights_once(self, algorithm):
+        check_evaluation(self.compress(algorithm)[1])
+
+    @pytest.mark.parametrize("more", [{}, {"compression_lr_multiplier": 0.3}])
+    @pytest.mark.parametrize("algorithm", ["lsq", "fat"])
+    def test_accumulation(self, algorithm, more):
+        controller, model = self.compress(algorithm, **more)
+        check_accumulation(model, controller.loss)
+
+    def test_accumulation_of_masked_weights(self):
+        controller, model, _ = self.compress_masked()
+        check_accumulation(model, controller.loss)
+
+    def test_masked_weights_are_quantized_in_every_evaluation(self):
+        """They are other tensors each time, of which nothing says that they are equal."""
+        _, model, masked = self.compress_masked()
+        model.eval()
+        with torch.no_grad(), computations(model) as count:
+            first, again = model(batch()[0]), model(batch()[0])
+        names = {q.spec.name for q in weight_quantizers(model)}
+        assert torch.equal(first, again) and masked
+        assert count == {name: 2 if name in masked else 1 for name in names}
+
+    def test_channels_last_is_kept(self):
+        check_channels_last(self.compress("lsq")[1])
+
+
 __all__ = [
     "ALGORITHMS",
     "Net",
+    "StepsOfAHost",
     "batch",
     "build_net",
     "check_accumulation",

@@ -15,17 +15,23 @@ from references import (
     bitat_activation,
     bitat_weight,
     cpq,
+    daq_mid_rise,
+    daq_weight,
     direct_activation,
     direct_levels,
     direct_weight,
     dorefa_weight,
     fat_activation,
     fat_weight,
+    gpfq_weight,
     lq_nets_weight,
     lsq,
     lsq_plus_activation,
     minmax_weight,
+    one_model_weight,
     pact,
+    sdq_activation,
+    sdq_weight,
     slb_weight,
     soft_steps,
     squantize,
@@ -59,6 +65,7 @@ CONV = LAYERS[0]
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "apot": [{}, {"restore_scale": True, "alpha": 2.0, "activation_alpha": 2.0}],
     "bitat": [{}, {"alpha": "mean_abs"}],
+    "cfws": [{}, {"score": "standard", "unsigned_levels": 128}],
     "direct": [
         {},
         {"levels": "tied", "channel_cap": 3.0},
@@ -74,8 +81,16 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"levels": "power_of_two", "variant": "imagenet", "restore_scale": True},
         {"restore_scale": True, "activation_alpha": 2.0},
     ],
+    "gpfq": [
+        {},
+        {"alphabet": "authors", "radius": 0.9},
+        {"mode": "l1", "lambda_": 0.02},
+        {"radius": None, "mode": "stochastic"},
+    ],
+    "daq": [{}, {"step_index": "bits", "sigma_bits": 4}],
     "lq_nets": [{}, {"init": "authors"}],
     "minmax": [{}, {"momentum": 0.5}],
+    "one_model_for_all": [{}, {"levels": 2, "gains": "channel_band"}, {"gains": "fixed"}],
     "dropbits": [
         {},
         {"normalization": "raw", "mask": "none"},
@@ -93,17 +108,27 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"levels": "uniform", "uniform_thresholds": True},
         {"backward": "t1", "activation_backward": "t1", "strict": True, "activation_temperature": 40.0},
     ],
+    "sdq": [
+        {},
+        {"levels": "power_of_two"},
+        {"levels": "power_of_two", "tau": 0.8, "alpha": "mse", "activation_alpha": "mse"},
+        {"pruning_ratio": 0.6, "alpha": 2.2, "activation_alpha": 2.0},
+    ],
     "slb": [{}, {"scale": "max", "alpha": None, "optimizer": "sgd"}, {"init": "he"}],
     "squantizer": [{}, {"grid": "aligned"}, {"sigma": 0.6, "alpha": None}, {"sigma": None, "alpha": 3.0}],
 }
 #: these keep tensors of their own transformation for the backward
-TRANSFORMS_WEIGHTS = {"apot", "fat", "dorefa", "pact"}
+TRANSFORMS_WEIGHTS = {"apot", "fat", "dorefa", "one_model_for_all", "pact"}
 #: a level need not lie between the thresholds of its own cell, so these are not idempotent on activations
 FREE_THRESHOLDS = {"quantization_networks"}
 #: zero does not count among the 2^b levels of their weights: it is stored as sparsity
 ZERO_ON_TOP = {"squantizer"}
+#: options that have two levels more than the bits hold, which takes one bit more
+ONE_BIT_MORE = ("authors",)
 #: these have a gradient of zero for the weights that they prune themselves
 OWN_MASK = {"squantizer"}
+#: statistics of a weight leave out the zeros of a sparsity algorithm, so its clip depends on them
+COUNTS_SURVIVORS = {"sdq"}
 #: activations have values of their own, whatever the range of the input
 FIXED_VALUES = {"bitat", "dorefa"}
 #: these draw random numbers in every training forward
@@ -261,6 +286,14 @@ def _minmax_activation(quantizer, x, grad):
     return r["vq"], grad * inside, {}
 
 
+def _cfws_activation(quantizer, x, grad):
+    b, threshold = quantizer.spec.bits, quantizer.threshold.item()
+    n = 2 ** (b - 1) - 1 if quantizer.signed else 2**b - 1
+    r = lsq(x, threshold / n, -n if quantizer.signed else 0, n, grad=grad)
+    inside = (x >= (-threshold if quantizer.signed else 0)) & (x <= threshold)
+    return r["vq"], grad * inside, {}
+
+
 def _bitat_weight(quantizer, x, grad):
     axis, learned = quantizer.spec.channel_axis, quantizer.params.alpha == "learned"
     rows = np.moveaxis(x, axis, 0)
@@ -381,6 +414,18 @@ def _lq_nets_weight(quantizer, x, grad):
     return np.moveaxis(out.reshape(rows.shape), 0, axis), grad, {}
 
 
+def _sdq_weight(quantizer, x, grad):
+    p, spec = quantizer.params, quantizer.spec
+    powers = p.levels == "power_of_two"
+    r = sdq_weight(x, quantizer.alpha.item(), spec.bits, powers, p.tau, p.pruning_ratio, spec.keep_zeros, grad)
+    return r["wq"], r["dw"], {"alpha": np.asarray(r["dalpha"])}
+
+
+def _sdq_activation(quantizer, x, grad):
+    r = sdq_activation(x, quantizer.alpha.item(), quantizer.sigma.item(), quantizer.spec.bits, quantizer.signed, grad)
+    return r["xq"], r["dx"], {"alpha": np.asarray(r["dalpha"])}
+
+
 def _slb_weight(quantizer, x, grad):
     rows = np.moveaxis(grad, quantizer.spec.channel_axis, 0)
     scale = quantizer.scale.numpy() * np.ones(len(rows))
@@ -391,7 +436,56 @@ def _slb_weight(quantizer, x, grad):
     return np.moveaxis(out.reshape(rows.shape), 0, quantizer.spec.channel_axis), np.zeros_like(x), {"logits": da}
 
 
+def _gpfq_weight(quantizer, x, grad):
+    params, bits = quantizer.params, quantizer.spec.bits
+    step = quantizer.step.numpy().reshape([-1 if i == quantizer.spec.channel_axis else 1 for i in range(x.ndim)])
+    return gpfq_weight(x, step, bits, params.alphabet, params.mode, params.lambda_), grad, {}
+
+
+def _daq_weight(quantizer, x, grad):
+    return daq_weight(x, quantizer.spec.bits, quantizer.params.step_index == "bits"), grad, {}
+
+
+def _daq_activation(quantizer, x, grad):
+    """The calibrated grid: half-integer steps around a whole number of half steps, or whole steps from zero."""
+    half, factor = 2 ** (quantizer.spec.bits - 1), quantizer.params.step(quantizer.spec.bits)
+    step = factor * quantizer.sigma.item()
+    if not quantizer.signed:
+        return step * np.clip(np.round(x / step), 0, 2 * half - 1), grad, {}
+    mean = np.round(quantizer.mean.item() / (step / 2)) * step / 2
+    return mean + daq_mid_rise(x - mean, step, half), grad, {}
+
+
+def _one_model_weight(quantizer, x, grad):
+    """All rows of the parameters but that of the width get a gradient of zero."""
+    b, axis, row = quantizer.active_bits, quantizer.spec.channel_axis, quantizer.widths.index(quantizer.active_bits)
+    parameters = {n: p.detach().numpy() for n, p in quantizer.named_parameters()}
+    gains = parameters["gains"][row] if "gains" in parameters else None
+    rows, by_rows = np.moveaxis(x, axis, 0), np.moveaxis(grad, axis, 0)
+    out, dx, dstep, dgains = one_model_weight(rows, b, parameters["step"][row], gains, quantizer._groups, by_rows)
+    gradients = {n: np.zeros_like(p) for n, p in parameters.items()}
+    gradients["step"][row] = dstep
+    if gains is not None:
+        gradients["gains"][row] = dgains
+    return np.moveaxis(out, 0, axis), np.moveaxis(dx, 0, axis), gradients
+
+
+def _one_model_activation(quantizer, x, grad):
+    b, row = quantizer.active_bits, quantizer.widths.index(quantizer.active_bits)
+    low, high = (-(2 ** (b - 1)), 2 ** (b - 1) - 1) if quantizer.signed else (0, 2**b - 1)
+    r = lsq(x, quantizer.step[row].item(), low, high, 1 / np.sqrt(x.size / x.shape[0] * high), grad)
+    dstep = np.zeros(len(quantizer.widths))
+    dstep[row] = r["ds"]
+    return r["vq"], r["dv"], {"step": dstep}
+
+
 REFERENCES = {
+    ("one_model_for_all", "weight"): _one_model_weight,
+    ("one_model_for_all", "activation"): _one_model_activation,
+    ("daq", "weight"): _daq_weight,
+    ("daq", "activation"): _daq_activation,
+    ("gpfq", "weight"): _gpfq_weight,
+    ("gpfq", "activation"): _minmax_activation,
     ("apot", "weight"): _apot_weight,
     ("apot", "activation"): _apot_activation,
     ("lq_nets", "weight"): _lq_nets_weight,
@@ -402,6 +496,8 @@ REFERENCES = {
     ),
     ("squantizer", "weight"): _squantizer_weight,
     ("squantizer", "activation"): _pact_activation,
+    ("cfws", "weight"): _minmax_weight,
+    ("cfws", "activation"): _cfws_activation,
     ("bitat", "weight"): _bitat_weight,
     ("bitat", "activation"): _bitat_activation,
     ("dropbits", "weight"): _dropbits,
@@ -410,6 +506,8 @@ REFERENCES = {
     ("rq", "activation"): _rq,
     ("direct", "weight"): _direct_weight,
     ("direct", "activation"): _direct_activation,
+    ("sdq", "weight"): _sdq_weight,
+    ("sdq", "activation"): _sdq_activation,
     ("slb", "weight"): _slb_weight,
     ("slb", "activation"): _pact_activation,
     ("dorefa", "weight"): _dorefa_weight,
@@ -431,6 +529,8 @@ def clip_is_given(case: Case) -> bool:
     """Whether the range of an activation does not come from calibration."""
     if case.algorithm in ("pact", "slb", "squantizer"):
         return case.params.get("alpha", 10.0) is not None
+    if case.algorithm == "sdq":  # in units of what calibration finds
+        return False
     return case.algorithm in FIXED_VALUES or "activation_alpha" in case.params
 
 
@@ -449,6 +549,8 @@ def scale_invariant(case: Case) -> bool:
     if case.role == "activation":
         return not clip_is_given(case)
     if case.params.get("init") in ("authors", "he"):  # constants for training from scratch
+        return False
+    if "lambda_" in case.params:  # a threshold in units of the weights
         return False
     # tanh is no linear function
     return case.params.get("transform") != "uniquant" and case.algorithm not in ("dorefa", "pact")

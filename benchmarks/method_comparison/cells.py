@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from benchmarks.measuring import saved_bytes
 from benchmarks.method_comparison.stock import brevitas_stock, nncf_stock
 from fat_plugins.errors import ExportError
 from fat_plugins.recipes.checkpoint import Checkpoint, cpu_state, load_checkpoint, save_checkpoint
@@ -37,9 +38,16 @@ TASKS: dict[str, tuple[DataSection, ModelSection, int, int]] = {
     ),
 }
 FLOAT, BREVITAS, NNCF = "float", "brevitas-own", "nncf-own"
-METHODS = [FLOAT, *(a for a in algorithms() if a != "minmax"), BREVITAS, NNCF]
+#: of another kind, measured on pages of their own: nothing learned, calibration only, super-resolution, many widths
+ELSEWHERE = ("minmax", "cfws", "daq", "one_model_for_all")
+METHODS = [FLOAT, *(a for a in algorithms() if a not in ELSEWHERE), BREVITAS, NNCF]
 #: options that a method needs to be comparable, beside its defaults
-PARAMS: dict[str, dict[str, Any]] = {"pact": {"alpha": None}, "squantizer": {"alpha": None}}
+PARAMS: dict[str, dict[str, Any]] = {
+    "pact": {"alpha": None},
+    "sdq": {"alpha": "mse", "activation_alpha": "mse"},
+    "slb": {"alpha": None, "optimizer": "sgd"},
+    "squantizer": {"alpha": None},
+}
 BATCH = 64
 _TIMED_STEPS = 12
 
@@ -105,13 +113,13 @@ def run_cell(cell: Cell, results: Path) -> dict[str, Any]:
         "float_accuracy": evaluate(model, data.test_loader())[1],
     }  # fmt: skip
     if cell.method == FLOAT:  # trained on for as long as the others, or they would win by training longer
-        facts["saved_bytes"] = saved_bytes(deepcopy(model), data)
+        facts["saved_bytes"] = kept_bytes(deepcopy(model), data)
         fit(model, data, _train(epochs, 0.02, 1e-4), batch_size=BATCH, seed=cell.seed)
         return {**facts, "accuracy": evaluate(model, data.test_loader())[1]}
     torch.manual_seed(cell.seed)
     quantized, controller = _quantized(cell, deepcopy(model), data)
     facts["step_ratio"] = step_ratio(quantized, controller, deepcopy(model), data)
-    facts["saved_bytes"] = saved_bytes(quantized, data)
+    facts["saved_bytes"] = kept_bytes(quantized, data)
     torch.manual_seed(cell.seed)
     quantized, controller = _quantized(cell, deepcopy(model), data)
     fit(quantized, data, _train(epochs, 0.02, 1e-4), batch_size=BATCH, seed=cell.seed, controller=controller)
@@ -167,18 +175,8 @@ def step_ratio(model: nn.Module, controller: Any, float_model: nn.Module, data: 
     return statistics.median(times[0]) / statistics.median(times[1])
 
 
-def saved_bytes(model: nn.Module, data: Data) -> int:
-    """Bytes that the forward of one batch keeps for the backward, every storage once."""
-    kept: dict[int, int] = {}
-
-    def pack(x: torch.Tensor) -> torch.Tensor:
-        storage = x.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()
-        return x
-
+def kept_bytes(model: nn.Module, data: Data) -> int:
+    """Bytes that the forward of one batch keeps for the backward."""
     images, labels = (t[:BATCH] for t in data.train.tensors)
     model.train()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = cross_entropy(model(images), labels)
-    del loss
-    return sum(kept.values())
+    return saved_bytes(lambda: cross_entropy(model(images), labels))

@@ -19,8 +19,9 @@ sees the same batches for as many epochs with the same optimizer (SGD, learning 
 cosine), and quantizes the same layers: weights and inputs of all convolutions and linear layers, the first and
 the last at 8 bits. The float network is trained on in the same way. Methods run on Brevitas through
 `fat_brevitas.quantize`; `{brevitas}` is Brevitas's own learned scale and `{nncf}` NNCF's, at the same widths in the
-same places. Options are the defaults, but PACT's and SQuantizer's first clip comes from calibration. What papers ask
-for (longer training, bits that come down step by step) is not done: methods are compared as drop-in replacements.
+same places. Options are the defaults, but PACT's, SQuantizer's, SDQ's and SLB's first clips are those with the least
+squared error, and SLB is told that SGD trains it. What papers ask for (longer training, bits that come down step by
+step) is not done: methods are compared as drop-in replacements.
 
 * accuracy: on the test images, mean and range over seeds. A single number is one seed.
 * step: time of a training step, as a multiple of the float model's in the same process (median; noisy below 10 %).

@@ -10,6 +10,7 @@ import numpy as np
 
 from fat_plugins.errors import ExportError
 from fat_plugins.export.packing import Storage, pack
+from fat_plugins.versions import OPENVINO
 
 #: element types that older versions cannot write to a file, and the first version seen to do it
 _WRITABLE_FROM = {"u2": (2025, 4), "u3": (2025, 4)}
@@ -17,14 +18,16 @@ _WRITABLE_FROM = {"u2": (2025, 4), "u3": (2025, 4)}
 
 @lru_cache(maxsize=1)
 def openvino() -> Any:
-    """The ``openvino`` module.
+    """The ``openvino`` module. A version newer than those tested gives a warning.
 
-    :raises ExportError: it is not installed.
+    :raises ExportError: it is not installed, or its version is outside the supported range.
     """
     try:
-        return importlib.import_module("openvino")
+        module = importlib.import_module("openvino")
     except ImportError:
         raise ExportError("OpenVINO is not installed: pip install 'openvino>=2024.6,<2027'") from None
+    OPENVINO.check(str(module.__version__))
+    return module
 
 
 @lru_cache(maxsize=1)

@@ -36,6 +36,7 @@ class Checkpoint:
     :param state: the model's state dict, tensors on the CPU.
     :param config: the NNCF config that compressed the model, ``None`` for a float model.
     :param compression_state: what the host needs to rebuild the quantizers (JSON types), ``None`` for a float model.
+    :param rewrites: what changed the float model before that (see :mod:`fat_plugins.rewrites`), as dictionaries.
     :param recipe: the resolved recipe.
     :param progress: where training stood: variant, seed, stage, epoch.
     :param metrics: loss and accuracy at that moment.
@@ -44,6 +45,7 @@ class Checkpoint:
     state: dict[str, Tensor]
     config: dict[str, Any] | None = None
     compression_state: Any = None
+    rewrites: list[dict[str, Any]] = field(default_factory=list)
     recipe: dict[str, Any] = field(default_factory=dict)
     progress: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -177,6 +179,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         value = getattr(checkpoint, name)
         if not isinstance(value, dict) and not (name == "config" and value is None):
             raise CheckpointError(f"{path}: {name} in its description: expected an object, got {shown(value)}")
+    if not isinstance(checkpoint.rewrites, list):
+        raise CheckpointError(f"{path}: rewrites in its description: expected a list, got {shown(checkpoint.rewrites)}")
     return checkpoint
 
 

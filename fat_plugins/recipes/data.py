@@ -15,6 +15,7 @@ from fat_plugins.quantizer import Params
 from fat_plugins.recipes.data_cifar import CIFAR10, CIFAR100, CifarParams, cifar
 from fat_plugins.recipes.data_folder import FolderParams, imagefolder
 from fat_plugins.recipes.data_own import CallableDataParams, own
+from fat_plugins.recipes.data_sr import GeneratedSRParams, generated_sr
 from fat_plugins.recipes.loading import Data, Images, ShiftedImages, stratified_split
 
 
@@ -129,6 +130,7 @@ def _shapes(params: ShapesParams) -> Data:
 DATASETS: dict[str, tuple[type[Params], Callable[[Any], Data]]] = {
     "digits": (DigitsParams, _digits),
     "shapes": (ShapesParams, _shapes),
+    "generated_sr": (GeneratedSRParams, generated_sr),
     "cifar10": (CifarParams, partial(cifar, CIFAR10)),
     "cifar100": (CifarParams, partial(cifar, CIFAR100)),
     "imagenet": (FolderParams, partial(imagefolder, "ImageNet")),

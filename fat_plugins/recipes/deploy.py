@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader
 from fat_plugins.errors import ExportError
 from fat_plugins.recipes.hosts import Host
 from fat_plugins.recipes.targets import Runner, Target
+from fat_plugins.recipes.tasks import CLASSIFICATION, Task
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Deployment:
     """One deployed file of one trained model.
 
     :param path: of the file, within the run directory once it stands in a report.
-    :param accuracy: 0 to 1, on the test images, of the file in its runtime.
+    :param accuracy: 0 to 1, on the test images, of the file in its runtime; or what the task has in its place.
     :param weights_bytes, float_bytes: size of the weights in the file, and what it would be with every weight in
         float32, as the exporter says.
     :param verified: ``None`` when nothing was compared.
@@ -94,20 +94,26 @@ def versions(host: Host, targets: Iterable[Target] = ()) -> dict[str, str]:
     return found
 
 
-def accuracy(run: Runner, loader: DataLoader) -> float:
-    """Accuracy (0 to 1) of a deployed model."""
-    correct = count = 0
+def accuracy(run: Runner, loader: DataLoader, task: Task = CLASSIFICATION) -> float:
+    """Metric of a deployed model: accuracy 0 to 1, or what the task has in its place."""
+    score, count = 0.0, 0
     for images, labels in loader:
-        logits = run(images.numpy())
-        if logits.shape[:1] != labels.shape:
-            raise ExportError(f"the deployed model gives {logits.shape} for a batch of {len(labels)} images")
-        correct += int((np.argmax(logits, 1) == labels.numpy()).sum())
+        outputs = run(images.numpy())
+        if not task.fits(outputs.shape, labels.shape):
+            raise ExportError(f"the deployed model gives {outputs.shape} for a batch of {len(labels)} images")
+        score += float(task.score(torch.tensor(outputs), labels))
         count += len(labels)
-    return correct / count
+    return score / count
 
 
 def deploy(
-    target: Target, frozen: nn.Module, path: Path, example: Tensor, test: DataLoader, samples: Tensor | None
+    target: Target,
+    frozen: nn.Module,
+    path: Path,
+    example: Tensor,
+    test: DataLoader,
+    samples: Tensor | None,
+    task: Task = CLASSIFICATION,
 ) -> Deployment:
     """Export a frozen model to ``path`` and measure the result.
 
@@ -122,7 +128,7 @@ def deploy(
             by_name[kernel.name].kernel, by_name[kernel.name].speed = kernel.kernel, kernel.speed
     deployment = Deployment(
         str(path),
-        accuracy(target.runner(path), test),
+        accuracy(target.runner(path), test, task),
         report.weights_bytes,
         report.float_bytes,
         rows,

@@ -24,9 +24,10 @@ def checkpoint_path(directory: Path, which: str) -> Path:
     return directory / "checkpoint" / f"{which}.safetensors"
 
 
-def model_path(directory: Path, target: Target) -> Path:
-    """The exported model of a run."""
-    return directory / "export" / target.file
+def model_path(directory: Path, target: Target, bits: int | None = None) -> Path:
+    """The exported model of a run; of a run at several widths, with ``bits``, that of another width."""
+    folder = directory / "export"
+    return (folder if bits is None else folder / f"{bits}_bits") / target.file
 
 
 def check_inside(directory: Path, *paths: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,11 @@ class Part:
 
     def before_step(self, trainer: Trainer) -> None:
         """Schedules are set for the step (learning rates, quantizers), the forward has not run."""
+
+    def passes(self, trainer: Trainer) -> Sequence[AbstractContextManager[Any]] | None:
+        """How the network runs for this step: in one context after the other, each of them a pass over the whole batch.
+        Losses and gradients are means over the passes. ``None``: once, as it is. One part of a training may ask."""
+        return None
 
     def loss(self, trainer: Trainer, images: Tensor, labels: Tensor, logits: Tensor) -> Tensor | None:
         """A scalar that joins the loss of this step: a mean over the images of this process."""

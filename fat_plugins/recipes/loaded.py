@@ -18,6 +18,7 @@ from fat_plugins.recipes.hosts import Host, get_host
 from fat_plugins.recipes.models import check_fit
 from fat_plugins.recipes.schema import Recipe
 from fat_plugins.recipes.sealed import contents_of
+from fat_plugins.rewrites import rebuild
 
 
 @dataclass
@@ -69,9 +70,10 @@ def load_run(directory: Path, which: str | None = None) -> LoadedRun:
     data, host = recipe.data.build(), get_host(recipe.host)
     torch.manual_seed(0)
     model = recipe.model.build(data)
-    check_fit(model, recipe.model.name, data.example, data.classes)
+    check_fit(model, recipe.model.name, data.example, data.output_shape)
     try:
         with contents_of(str(path)):
+            rebuild(model, checkpoint.rewrites)
             _, model = host.compress(
                 model,
                 checkpoint.config,

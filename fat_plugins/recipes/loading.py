@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fat_plugins.errors import ConfigError, FatPluginsError
+from fat_plugins.recipes.tasks import CLASSIFICATION, Task
 
 #: an image of one epoch: (epoch, index)
 Key = tuple[int, int]
@@ -65,7 +66,7 @@ class Loader(DataLoader):
 
     def __init__(self, dataset: Dataset, batch_size: int | None = None, **options: Any) -> None:
         # None would switch batching off, where batches come from a sampler
-        batched = isinstance(dataset, (Images, ShiftedImages))
+        batched = isinstance(dataset, (Images, ShiftedImages, TurnedPairs))
         super().__init__(
             dataset,
             **({} if batch_size is None else {"batch_size": batch_size}),
@@ -190,6 +191,35 @@ def shift_images(images: Tensor, offsets: Tensor, pixels: int, fill: float) -> T
     return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
+class TurnedPairs(Dataset):
+    """Training pairs of ``source`` by key ``(epoch, index)``: mirrored and transposed, image and target alike.
+
+    :param source: square images, and in place of labels square images of another size.
+    """
+
+    def __init__(self, source: Images, seed: int) -> None:
+        self.source, self.seed = source, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, Tensor]:
+        images, targets = self.__getitems__([key])
+        return images[0], targets[0]
+
+    def __getitems__(self, keys: list[Key]) -> tuple[Tensor, Tensor]:
+        index = torch.tensor([i for _, i in keys])
+        drawn = torch.rand((3, len(self)), generator=generator_for(self.seed, keys[0][0], 1)) < 0.5
+        rows, columns, both = (flags[index].view(-1, 1, 1, 1) for flags in drawn)
+
+        def turned(batch: Tensor) -> Tensor:
+            batch = torch.where(rows, batch.flip(2), batch)
+            batch = torch.where(columns, batch.flip(3), batch)
+            return torch.where(both, batch.transpose(2, 3), batch)
+
+        return tuple(turned(part) for part in self.source[index])
+
+
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
     """Global random generators of torch (CPU), numpy and Python that depend on these numbers; restored afterwards."""
@@ -268,11 +298,12 @@ class Data:
 
     :param train, validation, test: map-style datasets of ``(image, label)``, image float32 C x H x W as evaluation sees
         it. The order of ``train`` mixes the classes.
-    :param classes: number of labels.
+    :param classes: number of labels; 1 where there are none.
     :param description: one line for reports.
     :param augmented: makes, from the seed of a run, the dataset that training reads by key ``(epoch, index)``.
     :param workers: processes that read and augment images; 0: the training process itself.
     :param calibration: how many of ``train`` initialise quantizers and batch norms; ``None``: all, if need be.
+    :param task: what is learned; unless it is classification a "label" is an image, float32.
     """
 
     train: Dataset
@@ -283,6 +314,7 @@ class Data:
     augmented: Callable[[int], Dataset]
     workers: int = 0
     calibration: int | None = None
+    task: Task = CLASSIFICATION
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -293,6 +325,12 @@ class Data:
     def example(self) -> Tensor:
         """One training image as a batch, 1 x C x H x W."""
         return self.train[0][0][None]
+
+    @property
+    def output_shape(self) -> int | tuple[int, ...]:
+        """What a network gives for one image: a number for each class, or an image of this shape."""
+        label = self.train[0][1]
+        return tuple(label.shape) if isinstance(label, Tensor) and label.ndim else self.classes
 
     def images(self, part: str, count: int) -> tuple[Tensor, Tensor]:
         """The first images and labels of ``"train"``, ``"validation"`` or ``"test"``, as one batch."""

@@ -76,9 +76,10 @@ class TensorBoard:
     def event(self, kind: str, fields: dict[str, Any]) -> None:
         if kind != "epoch":
             return
+        metric = fields.get("metric", "accuracy")
         names = {
-            "train_loss": "loss/train", "validation_loss": "loss/validation", "train_accuracy": "accuracy/train",
-            "validation_accuracy": "accuracy/validation", "lr": "lr", "images_per_second": "images_per_second",
+            "train_loss": "loss/train", "validation_loss": "loss/validation", "train_accuracy": f"{metric}/train",
+            "validation_accuracy": f"{metric}/validation", "lr": "lr", "images_per_second": "images_per_second",
         }  # fmt: skip
         for key, name in names.items():
             if fields.get(key) is not None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fat_plugins.errors import ConfigError, nearest, unknown
 from fat_plugins.quantizer import Params
+from fat_plugins.recipes import nets_cifar, nets_repvgg, nets_sr
 from fat_plugins.recipes.imports import call
-from fat_plugins.recipes.nets_cifar import NETS
 from fat_plugins.recipes.vision import torchvision
 
 #: of torchvision's networks; twice the largest that it has
@@ -82,7 +82,9 @@ def _own(params: CallableModelParams, sample_shape: tuple[int, ...], classes: in
 #: what a recipe may name: options and maker (from the options, the shape of an image and the number of classes)
 MODELS: dict[str, tuple[type[Params], Callable[[Any, tuple[int, ...], int], nn.Module]]] = {
     "digits_cnn": (DigitsCNNParams, _digits_cnn),
-    **NETS,
+    **nets_cifar.NETS,
+    **nets_sr.NETS,
+    **nets_repvgg.REPVGG,
     "callable": (CallableModelParams, _own),
 }
 #: those of torchvision that need telling: logits only, images as its weights expect them
@@ -132,11 +134,12 @@ def _check_size(model: nn.Module) -> None:
         raise ConfigError(f"model.params: {count:,} parameters, allowed: up to {MAX_PARAMETERS:,}")
 
 
-def check_fit(model: nn.Module, name: str, example: Tensor, classes: int) -> None:
+def check_fit(model: nn.Module, name: str, example: Tensor, outputs: int | tuple[int, ...]) -> None:
     """Run a model on one image, which costs little compared with finding out in the middle of a training.
 
     :param example: 1 x C x H x W.
-    :raises ConfigError: it refuses the image, or does not give one number for each class.
+    :param outputs: number of classes, or the shape of what the data have in place of a label.
+    :raises ConfigError: it refuses the image, or does not give one number for each class or an image of that shape.
     """
     shape = "x".join(map(str, example.shape[1:]))
     training = model.training
@@ -147,8 +150,9 @@ def check_fit(model: nn.Module, name: str, example: Tensor, classes: int) -> Non
         raise ConfigError(f"model: {name!r} does not take images of {shape}: {error}") from error
     finally:
         model.train(training)
-    if not isinstance(out, Tensor) or tuple(out.shape) != (1, classes):
+    wanted, what_for = ((outputs,), "classes") if isinstance(outputs, int) else (outputs, "images to learn")
+    if not isinstance(out, Tensor) or tuple(out.shape) != (1, *wanted):
         what = f"a tensor of {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
         raise ConfigError(
-            f"model: {name!r} gives {what} for one image, expected (1, {classes}): the classes of the data"
+            f"model: {name!r} gives {what} for one image, expected {(1, *wanted)}: the {what_for} of the data"
         )

@@ -1,4 +1,4 @@
-"""What recipes switch on in a training: averaged weights, a teacher, mixed precision."""
+"""What recipes switch on in a training: averaged weights, a teacher, a penalty, mixed precision."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fat_plugins.errors import CheckpointError, ConfigError, nearest
 from fat_plugins.recipes.hooks import Part
+from fat_plugins.recipes.joint import JointStep
+from fat_plugins.recipes.penalty import PenaltyPart
+from fat_plugins.switchable_norms import norm_statistics
+from fat_plugins.switching import widths
 
 if TYPE_CHECKING:
     from fat_plugins.recipes.schema import TrainSection
@@ -38,16 +42,9 @@ class WeightAverage(Part):
         # statistics of batch norms at the end of the last evaluation, before which they may have been renewed
         self.norms: dict[str, Tensor] = {}
 
-    def _norms(self) -> dict[str, Tensor]:
-        found = {}
-        for name, module in self.model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
-                found.update({f"{name}.running_mean": module.running_mean, f"{name}.running_var": module.running_var})
-        return found
-
     def _live(self) -> dict[str, Tensor]:
         found = {k: p.data for k, p in self.model.named_parameters() if p.requires_grad and p.is_floating_point()}
-        return {**found, **self._norms()}
+        return {**found, **norm_statistics(self.model)}
 
     @torch.no_grad()
     def after_step(self, trainer: Trainer | None = None) -> None:
@@ -70,7 +67,7 @@ class WeightAverage(Part):
         _copy(self.values, live)
         try:
             yield
-            self.norms = {k: v.clone() for k, v in self._norms().items()}
+            self.norms = {k: v.clone() for k, v in norm_statistics(self.model).items()}
         finally:
             _copy(kept, live)
 
@@ -182,6 +179,11 @@ def parts_of(section: TrainSection, model: nn.Module, teacher: nn.Module | None 
     if wanted is not None and teacher is not None:
         device = next(model.parameters()).device
         parts.append(Distillation(deepcopy(teacher).to(device), float(wanted.alpha), float(wanted.temperature)))
+    if section.penalty is not None:
+        parts.append(PenaltyPart(section.penalty.build(model)))
+    joint, several = getattr(section, "joint", None), widths(model)
+    if joint is not None and several:  # a baseline may have one width only
+        parts.append(JointStep(joint, several))
     if section.ema is not None:
         parts.append(WeightAverage(model, float(section.ema.decay)))
     return parts

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from fat_plugins.recipes.logs import Log
+from fat_plugins.recipes.tasks import ACCURACY, Metric
 
 if TYPE_CHECKING:
     from fat_plugins.recipes.trainer import EpochRecord
@@ -25,6 +26,7 @@ class Phase:
 
     :param epochs, steps: planned, and optimizer steps per epoch.
     :param done: epochs that an earlier run did.
+    :param metric: how the task's number is shown.
     """
 
     def __init__(
@@ -36,9 +38,10 @@ class Phase:
         done: int,
         bar: Progress | None = None,
         task: TaskID | None = None,
+        metric: Metric = ACCURACY,
     ) -> None:
         self._reporter, self._title, self._epochs, self._steps, self._done = reporter, title, epochs, steps, done
-        self._bar, self._task = bar, task
+        self._bar, self._task, self._metric = bar, task, metric
         self._start = time.monotonic()
         #: epoch, images and time of its first reading: the first step of a phase is not like the others
         self._begun: tuple[int, int, float] | None = None
@@ -48,7 +51,7 @@ class Phase:
         """Steps of an epoch are done.
 
         :param epoch, step: epochs done, and steps of this one.
-        :param loss, accuracy: mean over this epoch (accuracy 0 to 1).
+        :param loss, accuracy: mean over this epoch; the second is the metric (accuracy 0 to 1).
         :param images: images of this epoch so far, of all processes.
         """
         now = time.monotonic()
@@ -57,8 +60,11 @@ class Phase:
         elif now > self._begun[2]:
             self._speed = (images - self._begun[1]) / (now - self._begun[2])
         if self._bar is not None:
-            values = f"loss {loss:.3f}  train acc {accuracy:6.2%}{self._images_per_second()}"
+            values = f"loss {loss:.3f}  train {self._judged(accuracy)}{self._images_per_second()}"
             self._bar.update(self._task, completed=epoch + step / self._steps, values=values)
+
+    def _judged(self, value: float) -> str:
+        return f"{self._metric.short} {self._metric.text(value):>6}"
 
     def _images_per_second(self) -> str:
         return "" if self._speed is None else f"  {self._speed:,.0f} images/s"
@@ -67,12 +73,13 @@ class Phase:
         """An epoch is over."""
         done, seconds = record.epoch + 1, time.monotonic() - self._start
         speed = None if self._speed is None else round(self._speed, 1)
-        self._reporter.event(
-            "epoch", phase=self._title, epochs=self._epochs, **record.to_dict(), images_per_second=speed
-        )
+        fields = {**record.to_dict(), "images_per_second": speed}
+        if self._metric != ACCURACY:
+            fields["metric"] = self._metric.name
+        self._reporter.event("epoch", phase=self._title, epochs=self._epochs, **fields)
         values = (
-            f"loss {record.train_loss:.3f}  train acc {record.train_accuracy:6.2%}  "
-            f"val acc {record.validation_accuracy:6.2%}{self._images_per_second()}"
+            f"loss {record.train_loss:.3f}  train {self._judged(record.train_accuracy)}  "
+            f"val {self._judged(record.validation_accuracy)}{self._images_per_second()}"
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=done, values=values)
@@ -114,11 +121,11 @@ class Reporter:
             log.close()
 
     @contextmanager
-    def phase(self, title: str, epochs: int, steps: int, done: int = 0) -> Iterator[Phase]:
+    def phase(self, title: str, epochs: int, steps: int, done: int = 0, metric: Metric = ACCURACY) -> Iterator[Phase]:
         """Follow one phase of training; parameters as of :class:`Phase`."""
         self.event("stage", phase=title, epochs=epochs, steps_per_epoch=steps, epochs_done=done)
         if self.quiet or not self.console.is_terminal:
-            yield Phase(self, title, epochs, steps, done)
+            yield Phase(self, title, epochs, steps, done, metric=metric)
             return
         columns = (
             TextColumn("{task.description:<24}"),
@@ -130,4 +137,4 @@ class Reporter:
         )
         with Progress(*columns, console=self.console) as bar:
             task = bar.add_task(title, total=epochs, completed=done, values="")
-            yield Phase(self, title, epochs, steps, done, bar, task)
+            yield Phase(self, title, epochs, steps, done, bar, task, metric)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
-from statistics import mean
 from typing import Any
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
@@ -16,9 +15,11 @@ from fat_plugins.config import DEFAULT_BITS, PLAIN_BITS
 from fat_plugins.errors import CheckpointError, one_line, unknown
 from fat_plugins.explain import explain
 from fat_plugins.mixed import algorithms_of
+from fat_plugins.penalties import get_penalty
 from fat_plugins.recipes.deploy import Deployment, LayerRow
 from fat_plugins.recipes.schema import Recipe, plugin_sections
 from fat_plugins.recipes.targets import TARGETS, Target
+from fat_plugins.recipes.tasks import CLASSIFICATION, Metric, Task, metric_of
 from fat_plugins.registry import get_algorithm
 from fat_plugins.scopes import as_list
 
@@ -33,7 +34,11 @@ _FLOAT_BITS = 32
 
 @dataclass
 class VariantResult:
-    """One algorithm, trained with one seed, and the files made of it. Accuracies 0 to 1, on the test images."""
+    """One algorithm, trained with one seed, and the files made of it. Accuracies 0 to 1, on the test images, or what
+    the task has in their place.
+
+    :param widths: of a model of several bit widths the accuracy at each, by the width as text.
+    """
 
     algorithm: str
     seed: int
@@ -41,6 +46,7 @@ class VariantResult:
     accuracy: float
     float_accuracy: float = 0.0
     deployments: list[Deployment] = field(default_factory=list)
+    widths: dict[str, float] = field(default_factory=dict)
 
     def deployed_to(self, target: Target) -> Deployment | None:
         """The file of one target."""
@@ -58,6 +64,7 @@ class _Stored(BaseModel):
     labels: dict[str, str] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
     results: list[Any] = Field(min_length=1)
+    task: str = CLASSIFICATION.name
 
 
 def read_result(data: Any, where: str) -> VariantResult:
@@ -75,12 +82,6 @@ def read_result(data: Any, where: str) -> VariantResult:
         if deployment.format not in TARGETS:
             raise CheckpointError(f"{where}: {unknown('format', deployment.format, TARGETS)}")
     return result
-
-
-def _percent(values: list[float]) -> str:
-    """Mean, and the lowest and highest when there are several."""
-    text = f"{mean(values):.2%}"
-    return text if len(values) == 1 else f"{text} ({min(values):.2%} to {max(values):.2%})"
 
 
 def _bits(section: dict[str, Any]) -> str:
@@ -102,6 +103,29 @@ def _widths(config: dict[str, Any]) -> str:
     return " + ".join(_bits(s) for _, s in plugin_sections(config))
 
 
+def _at_each_width(results: list[VariantResult], metric: Metric) -> dict[str, str]:
+    """The fact how good models of several widths are at each, if there are any: means over the seeds."""
+    found = []
+    for name in dict.fromkeys(r.algorithm for r in results if r.widths):
+        each = [r.widths for r in results if r.algorithm == name]
+        means = {bits: sum(w[bits] for w in each) / len(each) for bits in each[0]}
+        found.append(f"{name}: " + ", ".join(f"{bits} bits {metric.text(mean)}" for bits, mean in means.items()))
+    return {f"Test {metric.name} of one model at each width": "; ".join(found)} if found else {}
+
+
+def _rewrites(recipe: Recipe, names: list[str]) -> dict[str, str]:
+    """The fact which variants have what rewrites, if any has."""
+    found = {
+        name: ", ".join(s.name for s in recipe.rewrites_for(baseline))
+        for name, baseline in zip(names, (None, *recipe.baselines), strict=True)
+    }
+    if not any(found.values()):
+        return {}
+    alike = len(set(found.values())) == 1
+    text = next(iter(found.values())) if alike else "; ".join(f"{n}: {r or 'none'}" for n, r in found.items())
+    return {"Rewrites of the float network": text}
+
+
 def _layers(config: dict[str, Any]) -> str:
     """Which layers every section of this package quantizes, in words."""
     sections, texts = plugin_sections(config), []
@@ -121,7 +145,11 @@ def _layers(config: dict[str, Any]) -> str:
 
 def _phase(section: Any) -> str:
     o = section.optimizer
-    return f"{section.epochs} epochs ({o.name}, lr {o.lr:g}, weight decay {o.weight_decay:g}, {section.schedule.name})"
+    about = f"{o.name}, lr {o.lr:g}, weight decay {o.weight_decay:g}, {section.schedule.name}"
+    if section.penalty is not None:
+        about += f", penalty {section.penalty.name}"
+        about += "".join(f" {key} {value}" for key, value in section.penalty.params.items())
+    return f"{section.epochs} epochs ({about})"
 
 
 @dataclass
@@ -129,6 +157,7 @@ class RunReport:
     """Results of a whole recipe.
 
     :param facts: what has to be said beside an accuracy: data, model, bits, which layers, epochs, seeds, versions.
+    :param task: name of the task, which says what stands in the place of accuracies.
     """
 
     name: str
@@ -136,10 +165,17 @@ class RunReport:
     labels: dict[str, str]
     results: list[VariantResult]
     versions: dict[str, str] = field(default_factory=dict)
+    task: str = CLASSIFICATION.name
 
     @classmethod
     def collect(
-        cls, recipe: Recipe, data: str, model: nn.Module, versions: dict[str, str], results: list[VariantResult]
+        cls,
+        recipe: Recipe,
+        data: str,
+        model: nn.Module,
+        versions: dict[str, str],
+        results: list[VariantResult],
+        task: Task = CLASSIFICATION,
     ) -> RunReport:
         """Put a report together."""
         parameters = sum(p.numel() for p in model.parameters())
@@ -148,18 +184,23 @@ class RunReport:
         configs = [recipe.config_for(baseline, stages[-1]) for baseline in (None, *recipe.baselines)]
         labels = {name: label(config) for name, config in zip(names, configs, strict=True)}
         training = [f"{_widths(recipe.config_for(None, s))}: {_phase(recipe.phase(s))}" for s in stages]
-        used = dict.fromkeys(algorithm for name in names for algorithm in algorithms_of(name))
+        penalties = [s.penalty.name for s in (recipe.pretrain, recipe.training) if s.penalty is not None]
+        used = [get_algorithm(a) for a in dict.fromkeys(a for name in names for a in algorithms_of(name))]
+        used += [get_penalty(name) for name in dict.fromkeys(penalties)]
         facts = {
             "Data": data,
+            **task.facts(),
             "Model": f"{recipe.model.name} {recipe.model.params or ''}".strip() + f", {parameters:,} parameters",
             "Float training": _phase(recipe.pretrain),
             "Fine-tuning from these float weights, the same for all": "; ".join(training),
+            **_rewrites(recipe, names),
+            **_at_each_width(results, task.metric),
             "Layers": _layers(configs[0]),
-            "Fidelity": "; ".join(f"{a}: {get_algorithm(a).fidelity}" for a in used),
+            "Fidelity": "; ".join(f"{kind.name}: {kind.fidelity}" for kind in used),
             "Seeds": f"{len(recipe.seeds)} ({', '.join(map(str, recipe.seeds))})"
             + ("; mean (lowest to highest)" if len(recipe.seeds) > 1 else ""),
         }
-        report = cls(recipe.name, facts, labels, results, versions)
+        report = cls(recipe.name, facts, labels, results, versions, task.name)
         sizes = report.sizes()
         if sizes:
             facts["Sizes"] = sizes
@@ -181,7 +222,8 @@ class RunReport:
             raise CheckpointError("report.json: no result of the recipe's own algorithm")
         names = sorted({r.algorithm for r in results})
         labels = {name: known.labels.get(name, name.upper()) for name in names}
-        return cls(known.name, known.facts, labels, results, known.versions)
+        metric_of(known.task, "report.json")
+        return cls(known.name, known.facts, labels, results, known.versions, known.task)
 
     def part(self, seed: int, algorithm: str | None, within: str) -> RunReport:
         """The same of a part of the run.
@@ -200,6 +242,11 @@ class RunReport:
         if "Sizes" in part.facts and kept:
             part.facts["Sizes"] = part.sizes()
         return part
+
+    @property
+    def metric(self) -> Metric:
+        """What results are compared by."""
+        return metric_of(self.task, self.name)
 
     @property
     def verified(self) -> bool:
@@ -239,8 +286,8 @@ class RunReport:
 
     def summary(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of the table of accuracies and sizes."""
-        targets, sized = self.targets, self._sized
-        header = ["", "accuracy, torch", *(f"accuracy, {t.runtime}" for t in targets)]
+        targets, sized, metric = self.targets, self._sized, self.metric
+        header = ["", f"{metric.name}, torch", *(f"{metric.name}, {t.runtime}" for t in targets)]
         if targets:
             which = {t: f", {t.runtime}" if len(targets) > 1 else "" for t in targets}
             header += [f"weights file{which[sized]}" if sized else "weight codes", "smaller by"]
@@ -249,16 +296,16 @@ class RunReport:
         for result in self.results:
             groups[result.algorithm].append(result)
         own = groups[self.main.algorithm]
-        rows = [["float32", _percent([r.float_accuracy for r in own])]]
+        rows = [["float32", metric.mean([r.float_accuracy for r in own])]]
         if targets:
             rows[0] += ["-"] * len(targets) + [f"{_size(self.main, sized)[1]:,} B", "1.00"] + ["-"] * len(targets)
         for algorithm, results in groups.items():
-            row = [self.labels[algorithm], _percent([r.accuracy for r in results])]
+            row = [self.labels[algorithm], metric.mean([r.accuracy for r in results])]
             done = [[d for r in results if (d := r.deployed_to(t)) is not None] for t in targets]
             if not all(done):
                 rows.append(row + ["-"] * (len(header) - len(row)))
                 continue
-            row += [_percent([d.accuracy for d in each]) for each in done]
+            row += [metric.mean([d.accuracy for d in each]) for each in done]
             if targets:
                 size, float_size = _size(results[0], sized)
                 row += [f"{size:,} B", f"{float_size / max(size, 1):.2f}"]
@@ -286,6 +333,8 @@ class RunReport:
         """JSON-ready dictionary; reads as ``report.json``."""
         return {
             "name": self.name,
+            # an old reader knows accuracies only
+            **({} if self.task == CLASSIFICATION.name else {"task": self.task}),
             "verified": self.verified,
             "facts": self.facts,
             "labels": self.labels,
@@ -302,7 +351,7 @@ class RunReport:
 
     def tables(self, width: int = 160) -> list[Table]:
         """The same tables for a terminal of ``width`` columns; a narrow one gets fewer columns of layers."""
-        tables = [_rich(f"{self.name}: accuracy on the test images", *self.summary())]
+        tables = [_rich(f"{self.name}: {self.metric.name} on the test images", *self.summary())]
         for title, header, rows in self._layer_tables():
             if width < WIDE:
                 kept = ("layer", "bits", *_KERNEL_COLUMNS, "differ", "ties")

@@ -45,15 +45,19 @@ from fat_plugins.recipes.loader import dump_recipe
 from fat_plugins.recipes.loading import lost_workers_told
 from fat_plugins.recipes.models import check_fit
 from fat_plugins.recipes.parts import parts_of
+from fat_plugins.recipes.penalty import try_penalties
 from fat_plugins.recipes.progress import Reporter
 from fat_plugins.recipes.report import RunReport, VariantResult
 from fat_plugins.recipes.resume import RunState, finished_run, result_from_dict, result_to_dict
+from fat_plugins.recipes.rewriting import rewritten
 from fat_plugins.recipes.schema import BaselineSection, Recipe
 from fat_plugins.recipes.sealed import contents_of
 from fat_plugins.recipes.state import seed_everything
+from fat_plugins.recipes.tasks import CLASSIFICATION, Task
 from fat_plugins.recipes.trainer import evaluate
 from fat_plugins.recipes.variant import Context, Options, Variant
 from fat_plugins.recipes.world import World
+from fat_plugins.switching import each_width
 
 
 def train(
@@ -88,10 +92,12 @@ def train(
     for wanted in targets:
         wanted.require()
     data = recipe.data.build()
-    check_fit(recipe.model.build(data), recipe.model.name, data.example, data.classes)
+    check_fit(recipe.model.build(data), recipe.model.name, data.example, data.output_shape)
+    check_task(data.task, recipe)
     for variant in (None, *recipe.baselines):
         for stage in recipe.training.stages:
             host.check(recipe.config_for(variant, stage), data.example)
+    try_penalties(recipe, host, data)
     with (
         _directory(recipe, directory, overwrite, options, world, reporter) as target,
         _threads(recipe.threads),
@@ -130,8 +136,22 @@ def train(
     return report
 
 
+def check_task(task: Task, recipe: Recipe) -> None:
+    """Refuse settings of the training that belong to another task than that of the data.
+
+    :raises ConfigError: one line with the key.
+    """
+    for place, section in (("pretrain", recipe.pretrain), ("training", recipe.training)):
+        joint = getattr(section, "joint", None)
+        distillation = getattr(section, "distillation", None) is not None or (joint is not None and joint.alpha > 0)
+        try:
+            task.check_training(smoothing=float(section.label_smoothing), distillation=distillation)
+        except ConfigError as error:
+            raise ConfigError(f"{place}.{error}") from None
+
+
 def _collected(recipe: Recipe, data: Data, found: dict[str, str], results: list[VariantResult]) -> RunReport:
-    return RunReport.collect(recipe, data.description, recipe.model.build(data), found, results)
+    return RunReport.collect(recipe, data.description, recipe.model.build(data), found, results, data.task)
 
 
 @contextmanager
@@ -162,7 +182,7 @@ def _threads(count: int | None) -> Iterator[None]:
 
 def _run_seed(context: Context, directory: Path) -> None:
     """Float training once, then the recipe's algorithm and every baseline from the same float weights."""
-    recipe, left = context.recipe, []
+    recipe, data, left = context.recipe, context.data, []
     for baseline in (None, *recipe.baselines):
         name = recipe.algorithm if baseline is None else baseline.algorithm
         if context.state.result(context.seed, name) is None:
@@ -175,7 +195,10 @@ def _run_seed(context: Context, directory: Path) -> None:
         result, quantized = _run_variant(context, model, name, baseline, target)
         result.float_accuracy = metrics["test_accuracy"]
         if context.world.main:
-            write_json(target / "metrics.json", {"seed": context.seed, "float": metrics, "quantized": quantized})
+            told = {} if data.task.name == CLASSIFICATION.name else {"task": data.task.name}
+            write_json(
+                target / "metrics.json", {"seed": context.seed, **told, "float": metrics, "quantized": quantized}
+            )
         context.state.add(result)
         files = [{"format": d.format, "accuracy": d.accuracy, "verified": d.verified} for d in result.deployments]
         context.reporter.about = {"variant": name, "seed": context.seed}
@@ -198,7 +221,7 @@ def _float_model(context: Context, path: Path) -> tuple[nn.Module, dict[str, Any
     if saved is not None:
         trainer.load_state_dict(saved["trainer"], str(context.state.path))
     history = [r.to_dict() for r in trainer.run()]
-    metrics = {"test_accuracy": evaluate(model, data.test_loader(), world)[1], "epochs": history}
+    metrics = {"test_accuracy": evaluate(model, data.test_loader(), world, data.task)[1], "epochs": history}
     progress = {"variant": FLOAT, "seed": context.seed, "epoch": len(history)}
     if world.main:
         stored = Checkpoint(cpu_state(model), recipe=recipe.model_dump(mode="json"), progress=progress, metrics=metrics)
@@ -212,6 +235,10 @@ def _run_variant(
     """All stages of one algorithm, then what is deployed; finished results come back as metrics."""
     recipe, data, world = context.recipe, context.data, context.world
     variant = Variant(context, name, baseline, directory)
+    float_model, changes = rewritten(float_model, recipe.rewrites_for(baseline), data.example.to(world.device))
+    for change in changes:
+        context.reporter.say(f"{context.title(name)}: {change}")
+    variant.rewrites = [change.to_dict() for change in changes]
     saved = context.state.peek(context.seed, name)
     first = 0
     if saved is not None:
@@ -225,14 +252,19 @@ def _run_variant(
         path = checkpoint_path(directory, BEST)
         world.tell()  # the first process has written it
         load_state(model, load_checkpoint(path).state, str(path))
-    accuracy = evaluate(model, data.test_loader(), world)[1]
-    result = VariantResult(name, context.seed, baseline is not None, accuracy)
+    accuracy = evaluate(model, data.test_loader(), world, data.task)[1]
+    at_each = {
+        str(b): evaluate(model, data.test_loader(), world, data.task)[1] for b in each_width(model) if b is not None
+    }
+    result = VariantResult(name, context.seed, baseline is not None, accuracy, widths=at_each)
     if world.main and recipe.export is not None:
         result.deployments = _deploy(context, name, model.cpu(), directory)
     told = world.tell(result_to_dict(result))
     if not world.main:
         result = result_from_dict(told)
     metrics = {"algorithm": name, "checkpoint": which, "test_accuracy": accuracy, "stages": variant.done}
+    if variant.rewrites:
+        metrics["rewrites"] = variant.rewrites
     return result, metrics
 
 
@@ -243,7 +275,7 @@ def _deploy(context: Context, name: str, model: nn.Module, directory: Path) -> l
     for target in export.targets:
         path = model_path(directory, target)
         context.reporter.say(f"{context.title(name)}: {target.file}" + (", comparing codes" if export.verify else ""))
-        deployment = deploy(target, frozen, path, data.example, data.test_loader(), samples)
+        deployment = deploy(target, frozen, path, data.example, data.test_loader(), samples, data.task)
         deployment.path = path.relative_to(context.root).as_posix()  # the directory may still be moved
         done.append(deployment)
     return done

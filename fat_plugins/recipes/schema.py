@@ -12,10 +12,13 @@ from torch import nn
 from fat_plugins.config import AlgorithmName, Section, is_plugin_section, split_sections
 from fat_plugins.errors import ConfigError, unknown
 from fat_plugins.explain import Expected, explain
-from fat_plugins.mixed import joint_name, parse_sections
+from fat_plugins.mixed import joint_name, parse_sections, refuse_undeployable
 from fat_plugins.recipes.data import DATASETS, Data
+from fat_plugins.recipes.joint import JointSection, check_joint
 from fat_plugins.recipes.models import MODELS, build_torchvision, check_model
 from fat_plugins.recipes.optim import OPTIMIZERS, check_options
+from fat_plugins.recipes.penalty import NamedPenalty, check_penalty
+from fat_plugins.recipes.rewriting import RewriteSection, RewriteSections, check_rewrites
 from fat_plugins.recipes.targets import FORMATS, Target, targets_of
 from fat_plugins.recipes.weights import is_file, load_weights, torchvision_weights
 from fat_plugins.registry import algorithms, get_algorithm
@@ -206,6 +209,7 @@ class TrainSection(Section):
         "noise, so that the statistics of training are those of another network.",
     )
     norm_batches: int = Field(32, ge=1, le=MAX_BATCH, description="Training batches that do so.")
+    penalty: NamedPenalty | None = Field(None, description="What joins the loss to prepare for quantization.")
 
 
 class StageTensor(Section):
@@ -235,6 +239,15 @@ class FineTuneSection(TrainSection):
 
     stages: list[Stage] = Field(default_factory=lambda: [Stage()], min_length=1, max_length=100)
     distillation: DistillationSection | None = Field(None, description="Learn from the float model too.")
+    joint: JointSection | None = Field(
+        None, description="Train all bit widths of one model in every step; baselines of one width train as ever."
+    )
+
+    @model_validator(mode="after")
+    def _labels_count(self) -> FineTuneSection:
+        if self.distillation is not None and self.joint is not None and self.distillation.alpha + self.joint.alpha > 1:
+            raise ValueError("distillation.alpha and joint.alpha are shares of one loss; together they are at most 1")
+        return self
 
 
 def _several(value: Any) -> Any:
@@ -272,6 +285,7 @@ class BaselineSection(Section):
 
     algorithm: AlgorithmName
     params: dict[str, Any] = Field(default_factory=dict)
+    rewrites: RewriteSections | None = Field(None, max_length=100, description="In the place of those of the recipe.")
 
 
 def _baseline(value: Any) -> Any:
@@ -305,6 +319,11 @@ class Recipe(BaseModel):
     host: str = "nncf"
     compression: Any = Field(description="An NNCF compression section, a list of them, or a config with both.")
     pretrain: TrainSection
+    rewrites: RewriteSections = Field(
+        default_factory=list,
+        max_length=100,
+        description="Changes to the trained float network before quantizers are placed, in their order.",
+    )
     training: FineTuneSection
     export: ExportSection | None = Field(default_factory=ExportSection)
     baselines: list[Annotated[BaselineSection, BeforeValidator(_baseline)]] = Field(
@@ -336,12 +355,20 @@ class Recipe(BaseModel):
         names = [plugin_section(self.compression)["algorithm"], *(b.algorithm for b in self.baselines)]
         if len(set(names)) != len(names):
             raise ConfigError(f"baselines: {names[1:]} repeat each other or the recipe's own algorithm '{names[0]}'")
+        for key in ("pretrain", "training"):
+            check_penalty(getattr(self, key).penalty, f"{key}.penalty")
         for i, baseline in enumerate(self.baselines):
             get_algorithm(baseline.algorithm).parse_params(baseline.params, f"baselines.{i}.params")
+            check_rewrites(baseline.rewrites or [], f"baselines.{i}.rewrites")
+        check_rewrites(self.rewrites, "rewrites")
         for variant in (None, *self.baselines):
             for i, stage in enumerate(self.training.stages):
                 config = self.config_for(variant, stage)
-                parse_sections([(f"{w} (training.stages.{i})", s) for w, s in plugin_sections(config)])
+                parsed = parse_sections([(f"{w} (training.stages.{i})", s) for w, s in plugin_sections(config)])
+                if self.export is not None:
+                    refuse_undeployable(parsed)
+                if variant is None and self.training.joint is not None:
+                    check_joint(parsed)
 
     @property
     def algorithm(self) -> str:
@@ -363,6 +390,10 @@ class Recipe(BaseModel):
             if tensor is not None:
                 section[group] = {**section.get(group, {}), "bits": tensor.bits}
         return config
+
+    def rewrites_for(self, baseline: BaselineSection | None) -> list[RewriteSection]:
+        """What changes the float model of the recipe's own algorithm or of a baseline."""
+        return self.rewrites if baseline is None or baseline.rewrites is None else baseline.rewrites
 
     def phase(self, stage: Stage) -> FineTuneSection:
         """Training settings of one stage."""

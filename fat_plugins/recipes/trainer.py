@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from fat_plugins.errors import CheckpointError, FatPluginsError
@@ -30,7 +29,9 @@ from fat_plugins.recipes.progress import Phase, Reporter
 from fat_plugins.recipes.schema import TrainSection
 from fat_plugins.recipes.sealed import contents_of, refuse_nan
 from fat_plugins.recipes.state import Saving, random_state, seed_everything, set_random_state
+from fat_plugins.recipes.tasks import CLASSIFICATION, Task
 from fat_plugins.recipes.world import World
+from fat_plugins.switching import each_width
 
 #: steps between two readings of the running loss, each of which waits for the device
 READ_EVERY = 10
@@ -38,7 +39,7 @@ READ_EVERY = 10
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """Numbers of one epoch (accuracies 0 to 1).
+    """Numbers of one epoch; ``accuracy`` is the task's metric: accuracies 0 to 1, PSNR in dB.
 
     :param values: what parts add, JSON types.
     """
@@ -62,28 +63,30 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader, world: World | None = None) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy (0 to 1) in evaluation mode; the mode is restored.
+def evaluate(
+    model: nn.Module, loader: DataLoader, world: World | None = None, task: Task = CLASSIFICATION
+) -> tuple[float, float]:
+    """Mean loss and metric of the task (cross-entropy, and accuracy 0 to 1) in evaluation mode; the mode is restored.
 
     :param world: processes that share the batches; default: this one sees them all.
     """
     training, device, world = model.training, device_of(model), world or World()
     model.eval()
-    # summed loss, correct answers, images
+    # summed loss and score (correct answers), images
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     for i, (images, labels) in enumerate(loader):
         if i % world.size != world.rank:
             continue
         images, labels = images.to(device), labels.to(device)
-        logits = model(images)
-        totals[0] += cross_entropy(logits, labels, reduction="sum").double()
-        totals[1] += (logits.argmax(1) == labels).sum()
+        outputs = model(images)
+        totals[0] += task.loss(outputs, labels, reduction="sum").double()
+        totals[1] += task.score(outputs, labels)
         totals[2] += len(labels)
     model.train(training)
-    loss, correct, count = world.sum(totals).tolist()
+    loss, score, count = world.sum(totals).tolist()
     if count == 0:
         raise FatPluginsError("evaluation: the data loader gives no batch")
-    return loss / count, correct / count
+    return loss / count, score / count
 
 
 class Trainer:
@@ -137,7 +140,7 @@ class Trainer:
         self.epoch = self.step = 0
         self.records: list[EpochRecord] = []
         self.before: dict[str, float] | None = None
-        # summed loss, correct answers and images of this epoch and process
+        # summed loss and score (correct answers) and images of this epoch and process
         self._totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         # random numbers to go on with: of a state that was loaded, or of the end of the steps while it is evaluated
         self._random: dict[str, Any] | None = None
@@ -233,7 +236,7 @@ class Trainer:
                 self.before = self._held_out_before()
                 self.reporter.event("before_training", phase=self.title, **self.before)
         self._forward = self.world.parallel(self.model)
-        with self.reporter.phase(self.title, self.epochs, self.steps, self.epoch) as phase:
+        with self.reporter.phase(self.title, self.epochs, self.steps, self.epoch, self.data.task.metric) as phase:
             while self.epoch < self.epochs:
                 try:
                     # several processes can only stop together, at a step on which they agree
@@ -266,8 +269,11 @@ class Trainer:
                 if hasattr(each, name):
                     setattr(each, name, value)
 
+    def _held_out(self) -> tuple[float, float]:
+        return evaluate(self.model, self.data.validation_loader(), self.world, self.data.task)
+
     def _held_out_before(self) -> dict[str, float | None]:
-        loss, accuracy = evaluate(self.model, self.data.validation_loader(), self.world)
+        loss, accuracy = self._held_out()
         return {"validation_loss": loss if math.isfinite(loss) else None, "validation_accuracy": accuracy}
 
     def _train_epoch(self, phase: Phase) -> None:
@@ -286,7 +292,7 @@ class Trainer:
                 self.step += 1
                 if self.step % READ_EVERY == 1 or self.step == until:
                     loss, correct, count = self._totals.tolist()
-                    phase.step(self.epoch, self.step, loss / count, correct / count, int(count) * self.world.size)
+                    phase.step(self.epoch, self.step, loss / count, correct / count, round(count) * self.world.size)
                 if self.step < until:
                     self._save_or_stop()
             self._random = random_state()  # the evaluation may draw some
@@ -301,30 +307,34 @@ class Trainer:
             part.before_step(self)
         self.optimizer.zero_grad(set_to_none=True)
         count = self.section.accumulate
-        for some_images, some_labels in zip(images.chunk(count), labels.chunk(count), strict=True):
-            self._totals += self._gradients(some_images, some_labels, len(labels))
+        passes = next((p for part in self.parts if (p := part.passes(self)) is not None), [nullcontext()])
+        for each in passes:
+            with each:
+                for some_images, some_labels in zip(images.chunk(count), labels.chunk(count), strict=True):
+                    totals = self._gradients(some_images, some_labels, len(labels) * len(passes))
+                    self._totals += totals / len(passes)
         self.precision.step(self.optimizer, self.section.clip_norm)
         for part in self.parts:
             part.after_step(self)
 
     def _gradients(self, images: Tensor, labels: Tensor, whole: int) -> Tensor:
-        """Add the gradients of a part of a batch of ``whole`` images.
+        """Add the gradients of a part of a batch of ``whole`` images (of all passes).
 
-        :return: summed loss, correct answers and images (float64), without waiting for the device.
+        :return: summed loss, score and images (float64), without waiting for the device.
         """
         with self.precision.autocast():
             logits = self._forward(images)
         logits = logits.float()
-        loss = cross_entropy(logits, labels, label_smoothing=float(self.section.label_smoothing))
+        loss = self.data.task.loss(logits, labels, float(self.section.label_smoothing))
         if self.controller is not None:
             loss = loss + self.controller.loss()
         for part in self.parts:
             if (term := part.loss(self, images, labels, logits)) is not None:
                 loss = loss + term
         self.precision.backward(loss * (len(labels) / whole))
-        correct = (logits.detach().argmax(1) == labels).sum().double()
-        count = torch.full_like(correct, len(labels))
-        return torch.stack([loss.detach().double() * len(labels), correct, count])
+        score = self.data.task.score(logits, labels).double()
+        count = torch.full_like(score, len(labels))
+        return torch.stack([loss.detach().double() * len(labels), score, count])
 
     def _stop_if_asked(self) -> None:
         if self.world.any(self.interrupts.pending is not None):
@@ -372,9 +382,10 @@ class Trainer:
             with self.interrupts.released() if self.world.size == 1 else nullcontext():
                 anew = self.section.reestimate_norms
                 if anew is True or (anew == "auto" and has_noise(self.model)):
-                    batches = self.data.calibration_loader(self.batch_size * self.world.size)
-                    reestimate_batch_norms(self.model, batches, self.section.norm_batches)
-                held_out = evaluate(self.model, self.data.validation_loader(), self.world)
+                    for _ in each_width(self.model):
+                        batches = self.data.calibration_loader(self.batch_size * self.world.size)
+                        reestimate_batch_norms(self.model, batches, self.section.norm_batches)
+                held_out = self._held_out()
             if not math.isfinite(held_out[0]):  # the last step of the epoch may have been the one that was too large
                 raise FatPluginsError(
                     f"{self.title}: the validation loss is {held_out[0]} after epoch {self.epoch + 1}; lower the "

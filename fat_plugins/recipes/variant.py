@@ -99,6 +99,7 @@ class Variant:
     """One algorithm on its way through the stages of a bit progression.
 
     :ivar done: metrics of the stages behind.
+    :ivar rewrites: what changed the float model, as a checkpoint holds it.
     """
 
     context: Context
@@ -106,6 +107,7 @@ class Variant:
     baseline: BaselineSection | None
     directory: Path
     done: list[dict[str, Any]] = field(default_factory=list)
+    rewrites: list[dict[str, Any]] = field(default_factory=list)
 
     def stage(self, number: int, float_model: nn.Module, before: dict[str, torch.Tensor] | None) -> nn.Module:
         """Train one stage, or what is left of it.
@@ -202,6 +204,7 @@ class Keeper(Part):
             cpu_state(self.model),
             config=self.config,
             compression_state=compression_state,
+            rewrites=self.variant.rewrites,
             recipe=context.recipe.model_dump(mode="json"),
             progress=progress,
             metrics=metrics,

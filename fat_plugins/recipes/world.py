@@ -19,6 +19,7 @@ from torch import Tensor, distributed, nn
 from fat_plugins.errors import ConfigError, FatPluginsError
 from fat_plugins.network import broadcast_state, named_quantizers
 from fat_plugins.recipes.state import from_bytes, to_bytes
+from fat_plugins.switchable_norms import SwitchableNorm
 
 DEVICES = ("auto", "cpu", "cuda")
 #: keys of the store: how many processes have failed, and are done
@@ -110,7 +111,11 @@ class World:
         # buffers are the business of quantizers and of same_buffers; torch 2.13 has a new name for that option
         known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
         option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        return nn.parallel.DistributedDataParallel(model, device_ids=devices, **{option: False})
+        # norms of other widths have no part in a pass
+        unused = any(isinstance(m, SwitchableNorm) for m in model.modules())
+        return nn.parallel.DistributedDataParallel(
+            model, device_ids=devices, find_unused_parameters=unused, **{option: False}
+        )
 
     @torch.no_grad()
     def same_buffers(self, model: nn.Module) -> None:

@@ -20,8 +20,10 @@ from fat_plugins.recipes.loaded import load_run
 from fat_plugins.recipes.report import RunReport, VariantResult
 from fat_plugins.recipes.sealed import contents_of
 from fat_plugins.recipes.targets import TARGETS
+from fat_plugins.recipes.tasks import CLASSIFICATION, metric_of
+from fat_plugins.recipes.tasks import Metric as RecipeMetric
 from fat_plugins.registry import get_algorithm
-from fat_plugins.report.data import Accuracy, Check, CheckRow, Curve, Drawing, Epoch, OverTime, ReportData
+from fat_plugins.report.data import Accuracy, Check, CheckRow, Curve, Drawing, Epoch, Metric, OverTime, ReportData
 from fat_plugins.report.headline import tiles
 from fat_plugins.report.tensors import tensor_rows
 
@@ -55,6 +57,8 @@ def collect(directory: Path, which: str | None = None) -> ReportData:
     data = ReportData(
         name=run.results.name if run.results else directory.resolve().name, title=label, algorithm=algorithm
     )
+    metric = _metric(run)
+    data.metric = Metric(**{key: getattr(metric, key) for key in Metric.model_fields})
     data.accuracy = list(_accuracy(run, algorithm, label))
     data.curves = list(_curves(run, label))
     data.over_time = _over_time(run)
@@ -93,7 +97,7 @@ def _read(directory: Path) -> _Run:
             metrics = _json(path / "metrics.json")
             if metrics is not None:
                 with contents_of(str(path / "metrics.json")):
-                    _check(kind, metrics)
+                    _check(kind, metrics, str(path / "metrics.json"))
                 run.metrics.append((kind, metrics))
     if results is None and run.metrics:
         run.results = _of_whole_run(directory, run.metrics[0][1])
@@ -119,10 +123,11 @@ def _of_whole_run(directory: Path, metrics: dict[str, Any]) -> RunReport | None:
     return part if part.results else None
 
 
-def _check(kind: str, metrics: dict[str, Any]) -> None:
+def _check(kind: str, metrics: dict[str, Any], where: str) -> None:
     """Read what will be read, so that an error can name the file."""
     alone = _Run(Path(), metrics=[(kind, metrics)])
     _identity(alone)
+    _metric(alone, where)
     list(_accuracy(alone, "", ""))
     list(_curves(alone, ""))
     _over_time(alone)
@@ -135,6 +140,13 @@ def _identity(run: _Run) -> tuple[str, str]:
         return name, run.results.labels[name]
     name = next((m["quantized"]["algorithm"] for _, m in run.metrics if "quantized" in m), "")
     return name, name.upper() or "float"
+
+
+def _metric(run: _Run, where: str = "metrics.json") -> RecipeMetric:
+    """What the run is judged by; a run that is not complete tells in its metrics."""
+    if run.results is not None:
+        return run.results.metric
+    return metric_of(run.metrics[0][1].get("task", CLASSIFICATION.name), where)
 
 
 # --------------------------------------------------------------------------------------------------------------------

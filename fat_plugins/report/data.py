@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fat_plugins.recipes.tasks import ACCURACY
+
 #: layout of the JSON; raised when a key changes its meaning or goes away (new keys do not count)
 FORMAT = 1
 
@@ -24,8 +26,24 @@ class Tile(_Part):
     good: bool | None = None
 
 
+class Metric(_Part):
+    """What stands in the place of accuracies. It is shown times ``factor`` with ``unit`` behind it, differences with
+    ``difference``."""
+
+    name: str = ACCURACY.name
+    unit: str = ACCURACY.unit
+    difference: str = ACCURACY.difference
+    factor: float = ACCURACY.factor
+    higher_is_better: bool = ACCURACY.higher_is_better
+
+    @property
+    def title(self) -> str:
+        """The name at the beginning of a line."""
+        return self.name[:1].upper() + self.name[1:]
+
+
 class Accuracy(_Part):
-    """One variant of the run over all its seeds; accuracies 0 to 1 on the test images."""
+    """One variant of the run over all its seeds; accuracies 0 to 1 on the test images, or what ``metric`` says."""
 
     name: str
     kind: Literal["float", "own", "baseline"]
@@ -191,6 +209,7 @@ class ReportData(_Part):
     title: str
     algorithm: str
     fidelity: str = ""
+    metric: Metric = Field(default_factory=Metric)
     headline: list[Tile] = Field(default_factory=list)
     accuracy: list[Accuracy] = Field(default_factory=list)
     curves: list[Curve] = Field(default_factory=list)
@@ -215,6 +234,7 @@ __all__ = [
     "Drawing",
     "Epoch",
     "Histogram",
+    "Metric",
     "OverTime",
     "ReportData",
     "Tensor",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from statistics import mean
 
-from fat_plugins.report.data import Accuracy, ReportData, Tile
+from fat_plugins.report.data import Accuracy, Metric, ReportData, Tile
 
 
 def tiles(data: ReportData) -> list[Tile]:
@@ -13,29 +13,29 @@ def tiles(data: ReportData) -> list[Tile]:
     return [*_accuracy(data), *_size(data), *_cost(data), *_kernels(data), *_codes(data)]
 
 
-def percent(value: float) -> str:
-    """``98.64 %``."""
-    return f"{100 * value:.2f} %"
+def shown(value: float, metric: Metric) -> str:
+    """``98.64 %`` or ``31.20 dB``."""
+    return f"{metric.factor * value:.2f} {metric.unit}"
 
 
-def points(value: float) -> str:
-    """A difference of two accuracies in percentage points: ``+0.12 pp``, with a real minus sign."""
-    text = f"{100 * value:+.2f} pp"
-    if text[1:] == "0.00 pp":
+def change(value: float, metric: Metric) -> str:
+    """A difference: of two accuracies in percentage points, ``+0.12 pp``, with a real minus sign."""
+    text = f"{metric.factor * value:+.2f} {metric.difference}"
+    if text[1:5] == "0.00":
         return f"\N{PLUS-MINUS SIGN}{text[1:]}"
     return text.replace("-", "\N{MINUS SIGN}")
 
 
-def spread(accuracy: list[float]) -> str:
+def spread(values: list[float], metric: Metric) -> str:
     """Lowest and highest of several seeds, empty for one."""
-    if len(accuracy) < 2:
+    if len(values) < 2:
         return ""
-    return f"{100 * min(accuracy):.2f} to {100 * max(accuracy):.2f} % over {len(accuracy)} seeds"
+    return f"{metric.factor * min(values):.2f} to {shown(max(values), metric)} over {len(values)} seeds"
 
 
-def between(accuracy: list[float]) -> str:
+def between(values: list[float], metric: Metric) -> str:
     """Lowest and highest of several seeds without their number."""
-    return spread(accuracy).partition(" over")[0]
+    return spread(values, metric).partition(" over")[0]
 
 
 def _of(data: ReportData, kind: str) -> list[Accuracy]:
@@ -43,13 +43,13 @@ def _of(data: ReportData, kind: str) -> list[Accuracy]:
 
 
 def _accuracy(data: ReportData) -> Iterator[Tile]:
-    own = (_of(data, "own") or _of(data, "baseline"))[:1]
+    own, metric = (_of(data, "own") or _of(data, "baseline"))[:1], data.metric
     for row in own:
-        yield Tile(title="Accuracy", value=percent(mean(row.torch)), note=spread(row.torch))
+        yield Tile(title=metric.title, value=shown(mean(row.torch), metric), note=spread(row.torch, metric))
         for other in [*_of(data, "float"), *(b for b in _of(data, "baseline") if b is not row)]:
             gain = mean(row.torch) - mean(other.torch)
-            note = f"{other.name}: {percent(mean(other.torch))}"
-            yield Tile(title=f"Against {other.name}", value=points(gain), note=note)
+            note = f"{other.name}: {shown(mean(other.torch), metric)}"
+            yield Tile(title=f"Against {other.name}", value=change(gain, metric), note=note)
 
 
 def _size(data: ReportData) -> Iterator[Tile]:
@@ -117,4 +117,4 @@ def _codes(data: ReportData) -> Iterator[Tile]:
         yield Tile(title="Codes", value=value, note=note, good=check.verified)
 
 
-__all__ = ["between", "percent", "points", "si", "spread", "tiles"]
+__all__ = ["between", "change", "shown", "si", "spread", "tiles"]

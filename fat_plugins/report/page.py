@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.resources import files
 from itertools import count
 from statistics import mean
@@ -13,7 +14,7 @@ from markupsafe import Markup
 from fat_plugins.measure import scale_text, sqnr_text
 from fat_plugins.report import plots
 from fat_plugins.report.data import Check, OverTime, ReportData, Tensor
-from fat_plugins.report.headline import between, percent, points, si
+from fat_plugins.report.headline import between, change, shown, si
 
 #: what quantizers say over time, in the order of the page; others follow by name
 _FIRST = ("expected bits", "bits", "scale", "zeros")
@@ -26,12 +27,12 @@ def render(data: ReportData) -> str:
     """The page as text: one file, no script, nothing from the network. Every name in it is escaped."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
-        "percent": percent,
-        "points": points,
+        "shown": partial(shown, metric=data.metric),
+        "change": partial(change, metric=data.metric),
         "si": si,
         "dash": _dash,
         "mean": mean,
-        "between": between,
+        "between": partial(between, metric=data.metric),
     }
     source = files("fat_plugins.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     weights = [t for t in data.tensors if t.kind == "weight"]
@@ -42,8 +43,8 @@ def render(data: ReportData) -> str:
         float_row=next((a for a in data.accuracy if a.kind == "float"), None),
         runtimes=list(dict.fromkeys(name for a in data.accuracy for name in a.deployed)),
         colours=plots.colours(kinds),
-        dots=plots.accuracy_dots(data.accuracy) if any(len(a.torch) > 1 for a in data.accuracy) else "",
-        curves=plots.training_curves(data.curves) if data.curves else "",
+        dots=plots.accuracy_dots(data.accuracy, data.metric) if any(len(a.torch) > 1 for a in data.accuracy) else "",
+        curves=plots.training_curves(data.curves, data.metric) if data.curves else "",
         weights=[_layer(t, weights) for t in weights],
         activations=[_layer(t, activations) for t in activations],
         kernels=any(t.kernel for t in weights),

@@ -19,7 +19,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
-from fat_plugins.report.data import Accuracy, Codes, Curve, Drawing, Histogram, OverTime, Tensor
+from fat_plugins.report.data import Accuracy, Codes, Curve, Drawing, Histogram, Metric, OverTime, Tensor
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 INK, GREY, PALE = "#1f2933", "#7b8794", "#cbd2d9"
@@ -126,13 +126,13 @@ def colours(names: Sequence[tuple[str, str]]) -> dict[str, str]:
     return {name: fixed.get(kind) or next(others) for name, kind in dict.fromkeys(names)}
 
 
-def accuracy_dots(rows: Sequence[Accuracy]) -> Markup:
+def accuracy_dots(rows: Sequence[Accuracy], metric: Metric) -> Markup:
     """One line per variant: a dot for every seed, a bar at their mean."""
     colour = colours([(row.name, row.kind) for row in rows])
-    with _sheet("accuracy by seed", 5.2, 0.55 + 0.27 * len(rows)) as sheet:
+    with _sheet(f"{metric.name} by seed", 5.2, 0.55 + 0.27 * len(rows)) as sheet:
         (axis,) = sheet.axes
         for y, row in enumerate(rows):
-            values = [100 * v for v in row.torch]
+            values = [metric.factor * v for v in row.torch]
             axis.plot(values, [y] * len(values), "o", color=colour[row.name], ms=5.5, alpha=0.75, mec="none")
             axis.plot([np.mean(values)] * 2, [y - 0.3, y + 0.3], color=colour[row.name], lw=2)
         axis.set_yticks(range(len(rows)), [_text(row.name) for row in rows])
@@ -141,17 +141,18 @@ def accuracy_dots(rows: Sequence[Accuracy]) -> Markup:
         axis.margins(x=0.08)
         axis.grid(axis="x", color=PALE, lw=0.5, alpha=0.6)
         axis.spines["left"].set_visible(False)
-        axis.set_xlabel("accuracy, %")
+        axis.set_xlabel(f"{metric.name}, {metric.unit}")
     return sheet.svg
 
 
-def training_curves(curves: Sequence[Curve]) -> Markup:
-    """Loss, accuracy and learning rate over all epochs: float training first, then every variant from there on."""
+def training_curves(curves: Sequence[Curve], metric: Metric) -> Markup:
+    """Loss, metric and learning rate over all epochs: float training first, then every variant from there on."""
     colour = colours([(c.name, c.kind) for c in curves])
     begin = max((len(c.epochs) for c in curves if c.kind == "float"), default=0)
+    judged = (("train_accuracy", "-", metric.factor), ("validation_accuracy", ":", metric.factor))
     panels = (
         ("Loss", "epoch", (("train_loss", "-", 1.0), ("validation_loss", ":", 1.0))),
-        ("Accuracy, %", "epoch", (("train_accuracy", "-", 100.0), ("validation_accuracy", ":", 100.0))),
+        (f"{metric.title}, {metric.unit}", "epoch", judged),
         ("Learning rate", "epoch", (("lr", "-", 1.0),)),
     )
     with _sheet("training curves", 10.2, 2.6, 3) as sheet:

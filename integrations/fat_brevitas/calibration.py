@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -13,6 +13,9 @@ from torch import nn
 from fat_brevitas.config import Plan
 from fat_brevitas.modules import WeightTensorQuant
 from fat_plugins.errors import ConfigError
+from fat_plugins.network import in_force
+from fat_plugins.quantizer import ROLES, Role
+from fat_plugins.switching import each_width
 
 #: batches for weight quantizers that look at the inputs of their layers
 INPUT_BATCHES = 4
@@ -96,7 +99,7 @@ def fold_weights(model: nn.Module) -> None:
 
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Batches, plan: Plan) -> None:
-    """Initialise activation quantizers from data that runs through the float model, then adapt batch norms.
+    """Initialise activation quantizers from data that runs through the float model.
 
     Modes of all modules are restored.
     """
@@ -109,9 +112,6 @@ def calibrate(model: nn.Module, batches: Batches, plan: Plan) -> None:
                 if i == INPUT_BATCHES:
                     _remove(hooks)
                 call(model, inputs)
-        _remove(hooks)
-        model.eval()
-        _adapt_batch_norms(model, batches, plan.bn_batches(batches.size))
     finally:
         _remove(hooks)
         for module, training in modes.items():
@@ -119,8 +119,10 @@ def calibrate(model: nn.Module, batches: Batches, plan: Plan) -> None:
 
 
 def _showing(observe: Callable[[torch.Tensor], None]) -> Callable[..., None]:
-    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:  # what a hook returns would replace the input
-        observe(_plain(inputs[0]))
+    def hook(layer: nn.Module, inputs: tuple[Any, ...]) -> None:  # what a hook returns would replace the input
+        # a layer may quantize its own input; what collects statistics must not see it twice
+        own = getattr(layer, "input_quant", None)
+        observe(_plain(inputs[0] if own is None or layer.training else own(inputs[0])))
 
     return hook
 
@@ -141,14 +143,16 @@ class Pass:
         self._model, self._batches = model, batches
 
     @torch.no_grad()
-    def __call__(self, samples: int) -> None:
-        """About ``samples`` samples."""
+    def __call__(self, samples: int, turns: Sequence[Collection[Role]] = (ROLES,)) -> None:
+        """See :class:`fat_plugins.quantizer.Calibration`."""
         modes = {module: module.training for module in self._model.modules()}
         self._model.eval()
         hooks = _show_inputs(self._model)
         try:
             for inputs in self._batches.take(-(-samples // max(self._batches.size, 1))):
-                call(self._model, inputs)
+                for roles in turns:
+                    with in_force(self._model, roles):
+                        call(self._model, inputs)
         finally:
             _remove(hooks)
             for module, training in modes.items():
@@ -164,12 +168,24 @@ def _plain(x: Any) -> torch.Tensor:
     return x if isinstance(x, torch.Tensor) else x.value
 
 
-def _adapt_batch_norms(model: nn.Module, batches: Batches, count: int) -> None:
-    """Running statistics of the quantized model, with each norm's own momentum, as NNCF adapts them."""
+@torch.no_grad()
+def adapt_batch_norms(model: nn.Module, batches: Batches, plan: Plan) -> None:
+    """Running statistics of the quantized model, with each norm's own momentum, as NNCF adapts them.
+
+    Modes of all modules are restored.
+    """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    count = plan.bn_batches(batches.size)
     if not norms or not count:
         return
-    for norm in norms:
-        norm.training = True
-    for inputs in batches.take(count):
-        call(model, inputs)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for norm in norms:
+            norm.training = True
+        for _ in each_width(model):
+            for inputs in batches.take(count):
+                call(model, inputs)
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,24 +11,20 @@ import torch
 import torch.fx
 
 from fat_plugins.errors import HostError
-
-_LOWEST, _BELOW = (0, 10), (0, 14)
-_INSTALL = "pip install 'fat-plugins[brevitas]'"
+from fat_plugins.versions import BREVITAS
 
 
 def brevitas_version() -> tuple[int, ...]:
-    """Version of the installed Brevitas as ``(major, minor, patch)``, found without importing it.
+    """Version of the installed Brevitas as ``(major, minor, patch)``, found without importing it. One that is
+    newer than those tested gives a warning.
 
     :raises HostError: Brevitas is absent or outside the supported range.
     """
     try:
         text = version("brevitas")
     except PackageNotFoundError:
-        raise HostError(f"fat_brevitas needs Brevitas: {_INSTALL}") from None
-    found = tuple(int(n) for n in re.findall(r"\d+", text)[:3])
-    if not _LOWEST <= found < _BELOW:
-        raise HostError(f"brevitas {text} is not supported, allowed: 0.10 to 0.13.x; {_INSTALL}")
-    return found
+        raise HostError(f"fat_brevitas needs Brevitas: {BREVITAS.install}") from None
+    return BREVITAS.check(text)
 
 
 VERSION = brevitas_version()

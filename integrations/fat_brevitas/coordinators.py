@@ -23,7 +23,7 @@ from fat_brevitas.calibration import (
 )
 from fat_brevitas.modules import ActTensorQuant, WeightTensorQuant
 from fat_plugins.errors import HostError
-from fat_plugins.network import coordinators, named_quantizers
+from fat_plugins.network import begin, coordinators, named_quantizers
 from fat_plugins.quantizer import LayerQuantizers, Quantizer
 from fat_plugins.registry import get_algorithm
 
@@ -94,6 +94,7 @@ def attach_by_hand(model: nn.Module, calibration: Iterable[Any] | None) -> None:
         for module, training in modes.items():
             module.training = training
     attach(model, layers, batches)
+    begin(model)
     fold_weights(model)
 
 

@@ -48,8 +48,7 @@ _WEIGHTED_FUNCTIONS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_
                        F.linear, F.bilinear, F.embedding}  # fmt: skip
 #: words of NNCF's names for operations
 _NNCF_WORDS = {"ConvTranspose1d": "conv_transpose1d", "ConvTranspose2d": "conv_transpose2d",
-               "ConvTranspose3d": "conv_transpose3d", "BatchNorm1d": "batch_norm", "BatchNorm2d": "batch_norm",
-               "BatchNorm3d": "batch_norm", "LayerNorm": "layer_norm", "MaxPool2d": "max_pool2d",
+               "ConvTranspose3d": "conv_transpose3d", "LayerNorm": "layer_norm", "MaxPool2d": "max_pool2d",
                "AvgPool2d": "avg_pool2d", "add": "__add__", "mul": "__mul__", "iadd": "__iadd__"}  # fmt: skip
 
 
@@ -188,4 +187,6 @@ class Traced:
         if module is None:
             name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "op")
             return _NNCF_WORDS.get(name, name)
+        if isinstance(module, _BATCH_NORMS):  # subclasses too
+            return "batch_norm"
         return _NNCF_WORDS.get(type(module).__name__, type(module).__name__.lower())

@@ -15,6 +15,7 @@ from torch import nn
 from fat_brevitas.calibration import (
     Batches,
     Pass,
+    adapt_batch_norms,
     calibrate,
     calibrate_weights,
     call,
@@ -26,8 +27,9 @@ from fat_brevitas.config import Plan, parse_config
 from fat_brevitas.coordinators import COORDINATORS, attach, layers_of_graph
 from fat_brevitas.placement import Placement, detach_pruned, install, trace
 from fat_plugins.errors import CheckpointError, ConfigError, HostError
-from fat_plugins.network import coordinators, named_quantizers
+from fat_plugins.network import begin, coordinators, named_quantizers
 from fat_plugins.scopes import as_list
+from fat_plugins.switching import follow_quantizers
 
 _FORMAT = 1
 
@@ -92,6 +94,7 @@ def quantize(
     result = QuantizedModel(traced.model, traced.model.graph, type(model).__name__).to(device)
     if not any(True for _ in named_quantizers(result)):
         raise HostError("nothing to quantize: the scopes of the config leave no tensor")
+    follow_quantizers(result)
     attach(result, layers_of_graph(result), batches)
     if plan.lr_multiplier is not None:
         for _, quantizer in named_quantizers(result):
@@ -100,6 +103,8 @@ def quantize(
     calibrate_weights(result)
     if batches is not None:
         calibrate(result, batches, plan)
+        begin(result)
+        adapt_batch_norms(result, batches, plan)
     fold_weights(result)
     return result.train(model.training)
 

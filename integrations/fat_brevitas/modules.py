@@ -158,10 +158,14 @@ class WeightTensorQuant(_Wrapper):
             fresh = not self._ready
             self.prepare(x)
             if fresh:
-                self.quantizer.fold_into(x)
+                source = x._base if x._is_view() else x  # Brevitas hands out a view of the parameter
+                if source.is_leaf:
+                    self.quantizer.fold_into(source)
                 self._warn_alone()
         elif not self._ready:
             raise QuantizationError(f"{spec.name}: run the whole weight through the quantizer before a slice of it")
+        if not self.quantizer.enabled:
+            return x, None, None, None
         value = self._delayed(x, self.quantizer(x))
         if self.container is None:
             return value, None, None, None
@@ -200,8 +204,9 @@ class ActTensorQuant(_Wrapper):
         self.calibration_range = calibration_range
         #: integer type of the form when it was last looked at; in training that would stall the device
         self.container: Container | None = None
-        #: state of the quantizer at that time, while evaluating
+        #: state of the quantizer at that time, while evaluating, and its width
         self._seen: tuple[Any, ...] | None = None
+        self._bits = quantizer.bits
         #: set by Brevitas's calibration mode: collect, and pass the input on
         self.observer_only = False
 
@@ -222,13 +227,13 @@ class ActTensorQuant(_Wrapper):
 
     def _look(self) -> None:
         """Learn the integer type of the form, if the quantizer is another one than when it was last looked at."""
-        seen = None if self.training else state_of(self.quantizer)
-        if self.container is not None and (self.training or self._seen == seen):
+        seen, bits = None if self.training else state_of(self.quantizer), self.quantizer.bits
+        if self.container is not None and self._bits == bits and (self.training or self._seen == seen):
             return
-        found = container_of(self.quantizer.form())
+        found = container_of(self.quantizer.nominal_form())
         if self.container is None or found.bits != self.container.bits:
             self._bit_width = torch.full_like(self._bit_width, found.bits)  # who has the old one keeps it
-        self.container, self._seen = found, seen
+        self.container, self._seen, self._bits = found, seen, bits
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_seen": None}
@@ -252,8 +257,10 @@ class ActTensorQuant(_Wrapper):
                 quantizer.calibrate(x.detach().clamp(*self.calibration_range) if clipped else x)
             self.counter += 1
             self.forget()  # calibration decides the sign
-        if self.observer_only or not quantizer.calibrated or not quantizer.enabled:
+        if self.observer_only:
             return x, None, None, None
+        if not quantizer.calibrated or not quantizer.enabled:  # the identity, of which its hooks are told
+            return quantizer(x), None, None, None
         self._look()
         value = self._delayed(x, quantizer(x))
         scale = scale_view(quantizer.grid_scale().to(x.dtype), x.ndim, quantizer.spec.channel_axis)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +84,7 @@ def trace(model: nn.Module, *, merge_bn: bool, equalize: bool) -> Traced:
     model = copy.deepcopy(model).eval()
     modules = dict(model.named_modules())
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _norms_in_one_piece(model):
             # a name of torch's that Brevitas's tracer still uses
             warnings.filterwarnings("ignore", ".treespec.children_specs.", FutureWarning)
             graph = brevitas_symbolic_trace(model)
@@ -111,6 +112,19 @@ def trace(model: nn.Module, *, merge_bn: bool, equalize: bool) -> Traced:
             "fat_brevitas's layers instead"
         ) from None
     return Traced(graph, modules)
+
+
+@contextmanager
+def _norms_in_one_piece(model: nn.Module) -> Iterator[None]:
+    """A subclass of torch's batch norms is one operation as they are. Tracers know those by where they come from."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.__module__ = nn.BatchNorm2d.__module__
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.__module__
 
 
 def _free_names(graph: GraphModule) -> None:

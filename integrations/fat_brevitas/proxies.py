@@ -164,8 +164,9 @@ class PluginActQuantProxy(_Plugin, ActQuantProxyFromInjector):
     @property
     def is_narrow_range(self) -> bool | None:
         """Whether the end of the plain integer range is unused."""
-        form = self.form()
-        return None if form is None else getattr(form, "narrow", False)
+        quantizer = self.quantizer
+        calibrated = quantizer is not None and quantizer.calibrated
+        return getattr(quantizer.nominal_form(), "narrow", False) if calibrated else None
 
     @property
     def act_tensor_quant(self) -> ActTensorQuant | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fat_brevitas.calibration import device_of
-from fat_plugins import quantizer as core
+from fat_plugins import network
 from fat_plugins.quantizer import Progress
 
 
@@ -31,12 +31,12 @@ def set_progress(
     :param total_steps, total_epochs: planned, when known.
     :param begun: ``False`` as long as a state dict may still be loaded; coordinators are left out then.
     """
-    core.set_progress(model, progress or Progress(step, epoch, total_steps, total_epochs), begun=begun)
+    network.set_progress(model, progress or Progress(step, epoch, total_steps, total_epochs), begun=begun)
 
 
 def regularization(model: nn.Module) -> Tensor:
     """What the algorithms add to the training loss: a scalar on the model's device, 0 when they add nothing."""
-    total = core.regularization(model)
+    total = network.regularization(model)
     return torch.zeros((), device=device_of(model)) if total is None else total
 
 

@@ -27,6 +27,9 @@ from fat_nncf.legacy_placement import (
 from fat_nncf.legacy_quantizer import PluginQuantizer, PluginQuantizerSpec
 from fat_plugins.errors import CheckpointError, ConfigError
 from fat_plugins.mixed import parse_sections
+from fat_plugins.network import begin
+from fat_plugins.registry import get_algorithm
+from fat_plugins.switching import each_width, follow_quantizers
 
 
 class PluginBuilder(QuantizationBuilder):
@@ -100,18 +103,32 @@ class PluginBuilder(QuantizationBuilder):
         return None if params is None else PTRangeInitParams(**params)
 
     def initialize(self, model: NNCFNetwork) -> None:
-        """Weights from themselves, activations from data where their algorithm wants it, then NNCF's batch norms."""
+        """Weights from themselves, activations from data where their algorithm wants it, then NNCF's batch norms.
+
+        Where an algorithm acts on the whole network, batch norms wait for what its coordinator does to it.
+        """
         if not self.should_init:
             return
+        follow_quantizers(model)
         calibrate_weights(model)
         if not is_main_process():
             return
         if self._range_init_params is not None:
             calibrate_on_data(model, self._range_init_params)
         self._report_uncalibrated(model)
+        if not self._coordinated:
+            self._adapt_batch_norms(model)
+
+    @property
+    def _coordinated(self) -> bool:
+        names = {info.quantizer_module_ref.algorithm for info in self._weight_quantizers.values()}
+        return any(get_algorithm(name).coordinator is not None for name in names)
+
+    def _adapt_batch_norms(self, model: NNCFNetwork) -> None:
         adaptation = self._parse_bn_adapt_params()
         if adaptation is not None:
-            BatchnormAdaptationAlgorithm(**adaptation).run(model)
+            for _ in each_width(model):
+                BatchnormAdaptationAlgorithm(**adaptation).run(model)
 
     def _report_uncalibrated(self, model: NNCFNetwork) -> None:
         waiting = [m for m in model.modules() if isinstance(m, PluginQuantizer) and not m.calibrated]
@@ -130,8 +147,8 @@ class PluginBuilder(QuantizationBuilder):
     def _build_controller(self, model: NNCFNetwork) -> PluginController:
         if self.should_init:
             calibrate_weights(model)  # again: controllers built before this one have set their masks
-        fold_weights(model)
-        return PluginController(
+        follow_quantizers(model)
+        controller = PluginController(
             self._algo_config,
             model,
             self.config,
@@ -143,6 +160,13 @@ class PluginBuilder(QuantizationBuilder):
             build_time_metric_info=self._build_time_metric_infos,
             build_time_range_init_params=self._range_init_params or self._data(),
         )
+        if self.should_init and self._coordinated:
+            if self._range_init_params is not None:
+                begin(model)
+            if is_main_process():
+                self._adapt_batch_norms(model)
+        fold_weights(model)
+        return controller
 
     def _data(self) -> PTRangeInitParams | None:
         """The registered loader of a model that is resumed, for algorithms that look at data while they train."""

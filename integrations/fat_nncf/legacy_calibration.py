@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +15,9 @@ from nncf.torch.utils import training_mode_switcher
 from torch import Tensor, nn
 
 from fat_nncf.legacy_quantizer import PluginQuantizer
+from fat_plugins.network import in_force
 from fat_plugins.placed import register_finder
-from fat_plugins.quantizer import WeightQuantizer
+from fat_plugins.quantizer import ROLES, Role, WeightQuantizer
 
 #: batches of the registered loader that algorithms calibrated by data see at most
 DATA_BATCHES = 8
@@ -81,17 +82,30 @@ def _showing_inputs(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
+class _Turns(SimpleDataLoaderRunner):
+    """Runs every batch once for each entry of ``turns``."""
+
+    def __init__(self, model: NNCFNetwork, device: str, turns: Sequence[Collection[Role]]) -> None:
+        super().__init__(model, device)
+        self._turns = turns
+
+    def _infer_batch(self, args_kwargs_tuple: Any, device: Any) -> None:
+        for roles in self._turns:
+            with in_force(self.model, roles):
+                super()._infer_batch(args_kwargs_tuple, device)
+
+
 class Pass:
     """Passes the registered loader's data through the quantized model as it stands, in evaluation mode."""
 
     def __init__(self, model: NNCFNetwork, range_init_params: Any) -> None:
         self._model, self._params = model, range_init_params
 
-    def __call__(self, samples: int) -> None:
-        """About ``samples`` samples."""
+    def __call__(self, samples: int, turns: Sequence[Collection[Role]] = (ROLES,)) -> None:
+        """See :class:`fat_plugins.quantizer.Calibration`."""
         loader = self._params.init_range_data_loader
         steps = min(len(loader), -(-samples // max(loader.batch_size or 1, 1)))
-        runner = SimpleDataLoaderRunner(self._model, self._params.device)
+        runner = _Turns(self._model, self._params.device, turns)
         runner.progressbar_description = "Collecting statistics"
         with _showing_inputs(self._model), training_mode_switcher(self._model, is_training=False), torch.no_grad():
             runner.run(loader, steps)

@@ -198,6 +198,10 @@ class PluginQuantizer(BaseQuantizer):
             self.set_levels()
 
     # -- forward and export ------------------------------------------------------------------------------------------
+    def forward(self, x: Tensor) -> Tensor:
+        # a disabled core is the identity, of which its hooks are told
+        return super().forward(x) if self._on or self.observing else self.core(x)
+
     def _forward_impl(self, x: Tensor) -> Tensor:
         if self.observing:
             with no_nncf_trace():

@@ -50,8 +50,9 @@ from fat_nncf.modern_sparsity import Sparsity
 from fat_nncf.modern_state import check_state, rebuild
 from fat_plugins.config import DEFAULT_ALGORITHM, CompressionConfig
 from fat_plugins.errors import ConfigError, HostError
-from fat_plugins.network import param_groups
+from fat_plugins.network import begin, param_groups
 from fat_plugins.registry import get_algorithm
+from fat_plugins.switching import follow_quantizers
 
 __all__ = [
     "CompressionStage",
@@ -101,6 +102,7 @@ def _undone_on_error(model: nn.Module):
     try:
         yield
     except BaseException:
+        model._modules.pop(COORDINATORS, None)
         if is_wrapped(model):
             storage = get_hook_storage(model)
             for slot in [s for s, _ in storage.named_hooks(remove_duplicate=False) if s not in (before or ())]:
@@ -164,9 +166,14 @@ def create_compressed_model(
         )  # fmt: skip
         resolved = resolve(traced, points, plan.config, keep_zeros=_has_masks(model), lr_multiplier=plan.lr_multiplier)
         install(traced, resolved)
+        follow_quantizers(model)
         calibrate_weights(model, resolved)
+        _add_coordinators(traced, batches)
         if batches.real and plan.range.samples:
             calibrate_activations(model, resolved, batches, ranges_first=plan.range.explicit)
+        if batches.real:
+            begin(model)
+        if batches.real and plan.range.samples:
             adapt_batch_norms(model, batches, steps(plan.bn_samples, batches.batch_size))
         return _controller(traced, plan, sparsity, batches), model
 
@@ -213,11 +220,13 @@ def _resume(model: nn.Module, plan: Plan, state: Mapping[str, Any], config: Mapp
     batches = batches_of(config, plan.inputs, device_of(model))
     traced = trace(model, batches.example)
     rebuild(traced, state)
+    follow_quantizers(model)
     sparsity = Sparsity(plan.sparsity, model) if plan.sparsity is not None else None
     if sparsity is not None and not _has_masks(model):
         raise ConfigError(f"{plan.sparsity.algorithm}: the compression state was saved without masks")
     if sparsity is not None:
         sparsity.resume(-1)
+    _add_coordinators(traced, batches)
     controller = _controller(traced, plan, sparsity, batches)
     controller.load_state(state)
     return controller
@@ -225,7 +234,6 @@ def _resume(model: nn.Module, plan: Plan, state: Mapping[str, Any], config: Mapp
 
 def _controller(traced: Traced, plan: Plan, sparsity: Sparsity | None, batches: Batches) -> Controller:
     example = example_from(plan.inputs, device_of(traced.model))
-    _add_coordinators(traced, batches)
     fold_weights(traced.model)
     example = batches.example if example is None else example
     return Controller(traced.model, plan.config.algorithm, example, sparsity)
@@ -301,9 +309,11 @@ def quantize(
     )  # fmt: skip
     resolved = resolve(traced, points, config, keep_zeros=_has_masks(model), lr_multiplier=None)
     install(traced, resolved)
+    follow_quantizers(model)
     _add_coordinators(traced, batches)
     calibrate_weights(model, resolved)
     calibrate_activations(model, resolved, batches, ranges_first=False)
+    begin(model)
     adapt_batch_norms(model, batches, batchnorm_adaptation_steps)
     fold_weights(model)
     return model

@@ -238,7 +238,7 @@ class Controller:
                     form = form_kind(frozen.form)
                     zeros = float((frozen.form.decode(frozen.codes) == 0).float().mean())
             elif hook.core.calibrated:
-                form = form_kind(hook.core.form())
+                form = form_kind(hook.core.nominal_form())
             spec = hook.core.spec
             bits = hook.core.bits  # the width in force, which an algorithm may have learned
             tensors.append(TensorStatistics(spec.name, spec.role, hook.algorithm, bits, form, elements, zeros))

@@ -249,7 +249,7 @@ register_finder("nncf3", float_weights)
 def fold_weights(model: nn.Module) -> None:
     """Write quantized values into the parameters that algorithms have taken over (``WeightQuantizer.fold_into``)."""
     for hook in plugin_hooks(model):
-        if is_weight(hook):
+        if is_weight(hook) and hook.exclusive:
             hook.core.fold_into(parameter(model, hook.tensor))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,9 @@ from fat_nncf.modern_hooks import (
     storage_of,
 )
 from fat_nncf.modern_placement import Point
+from fat_plugins.network import in_force
+from fat_plugins.quantizer import ROLES, Role
+from fat_plugins.switching import each_width
 
 #: batches that initialise quantizers which want data and not a range
 _DATA_BATCHES = 4
@@ -94,14 +97,16 @@ class Pass:
         self._model, self._batches = model, batches
 
     @torch.no_grad()
-    def __call__(self, samples: int) -> None:
-        """About ``samples`` samples."""
+    def __call__(self, samples: int, turns: Sequence[Collection[Role]] = (ROLES,)) -> None:
+        """See :class:`fat_plugins.quantizer.Calibration`."""
         modes = {m: m.training for m in self._model.modules()}
         try:
             self._model.eval()
             with _showing_inputs(self._model):
                 for inputs in self._batches.take(-(-samples // max(self._batches.batch_size, 1))):
-                    call(self._model, inputs)
+                    for roles in turns:
+                        with in_force(self._model, roles):
+                            call(self._model, inputs)
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -129,6 +134,7 @@ def _observe(model: nn.Module, hungry: list[PluginQuantizer], hooks: list[Plugin
 
 
 def adapt_batch_norms(model: nn.Module, batches: Batches, count: int) -> None:
-    """NNCF's batch-norm adaptation over ``count`` batches, when the model has batch norms."""
+    """NNCF's batch-norm adaptation over ``count`` batches at every width, when the model has batch norms."""
     if count and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-        nncf.batch_norm_adaptation(model, batches.dataset(), num_iterations=count)
+        for _ in each_width(model):
+            nncf.batch_norm_adaptation(model, batches.dataset(), num_iterations=count)

@@ -3,38 +3,29 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
 from fat_plugins.errors import HostError
+from fat_plugins.versions import NNCF
 
 LEGACY_VARIABLE = "NNCF_TORCH_LEGACY_TRACING"
 _ON = ("1", "on", "true")
 #: first version whose legacy path needs the variable, and first version without that path
 _VARIABLE_SINCE, _LEGACY_UNTIL = (2, 17), (3, 0)
-_LOWEST, _BELOW = (2, 14), (4, 0)
 
 
 def nncf_version() -> tuple[int, ...]:
-    """Version of the installed NNCF as ``(major, minor, patch)``, found without importing it.
+    """Version of the installed NNCF as ``(major, minor, patch)``, found without importing it. One that is newer
+    than those tested gives a warning.
 
     :raises HostError: NNCF is absent or outside the supported range.
     """
     try:
         text = version("nncf")
     except PackageNotFoundError:
-        raise HostError(
-            "fat_nncf needs NNCF: pip install 'fat-plugins[nncf]', or 'fat-plugins[nncf-legacy]' for the JSON config "
-            "of NNCF 2"
-        ) from None
-    found = tuple(int(n) for n in re.findall(r"\d+", text)[:3])
-    if not _LOWEST <= found < _BELOW:
-        raise HostError(
-            f"nncf {text} is not supported, allowed: 2.14 to 3.x; pip install 'fat-plugins[nncf]', or "
-            "'fat-plugins[nncf-legacy]' for the JSON config of NNCF 2"
-        )
-    return found
+        raise HostError(f"fat_nncf needs NNCF: {NNCF.install}") from None
+    return NNCF.check(text)
 
 
 def generation() -> int:

@@ -21,6 +21,7 @@ from fat_brevitas.modules import container_of
 from torch import nn
 
 from fat_plugins import ConfigError, TensorSpec, get_algorithm, named_quantizers
+from fat_plugins.quantizer import module_geometry
 from fat_plugins.registry import Algorithm
 
 
@@ -35,7 +36,9 @@ def core(layer: nn.Module):
 def test_weights_are_what_the_algorithm_computes(algorithm, layer, bits):
     made, x = build(layer, fat_brevitas.weight_quant(algorithm), weight_bit_width=bits)
     axis = 1 if "transposed" in layer else 0
-    spec = TensorSpec("weight", bits, shape=tuple(made.weight.shape), channel_axis=axis)
+    spec = TensorSpec(
+        "weight", bits, shape=tuple(made.weight.shape), channel_axis=axis, **module_geometry(made)
+    )  # fmt: skip
     alone = get_algorithm(algorithm).make_weight(spec)
     alone.calibrate(made.weight)
     made.eval(), alone.eval()

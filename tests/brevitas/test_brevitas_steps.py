@@ -10,70 +10,29 @@ import pytest
 import torch
 from brevitas_nets import Net as ByHand
 from fat_brevitas.proxies import PluginActQuantProxy, PluginWeightQuantProxy
-from stepping import (
-    ALGORITHMS,
-    batch,
-    build_net,
-    check_accumulation,
-    check_added_operations,
-    check_channels_last,
-    check_evaluation,
-    check_no_wait,
-    check_no_wait_on_gpu,
-    computations,
-    needs_gpu,
-    section,
-)
+from stepping import StepsOfAHost, batch, build_net, check_added_operations, section
 from torch.nn.utils import prune
 
 from fat_plugins import forms
 
 
-def compress(algorithm: str, net=None, **more):
-    model = fat_brevitas.quantize(net or build_net(), section(algorithm, **more), [batch(5)])
-    return fat_brevitas.Controller(model), model
+class TestBrevitas(StepsOfAHost):
+    @staticmethod
+    def compress(algorithm, net=None, **more):
+        model = fat_brevitas.quantize(net or build_net(), section(algorithm, **more), [batch(5)])
+        return fat_brevitas.Controller(model), model
 
-
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_training_step_waits_for_nothing(algorithm):
-    controller, model = compress(algorithm)
-    check_no_wait(model, controller)
-
-
-@needs_gpu
-@pytest.mark.parametrize("algorithm", ["lsq", "fat"])
-def test_a_training_step_waits_for_nothing_on_a_gpu(algorithm):
-    controller, model = compress(algorithm)
-    check_no_wait_on_gpu(model, controller)
-
-
-@pytest.mark.parametrize("algorithm", ["lsq", "fat", "dropbits"])
-def test_evaluation_quantizes_weights_once(algorithm):
-    check_evaluation(compress(algorithm)[1])
-
-
-@pytest.mark.parametrize("more", [{}, {"compression_lr_multiplier": 0.3}])
-@pytest.mark.parametrize("algorithm", ["lsq", "fat"])
-def test_accumulation(algorithm, more):
-    controller, model = compress(algorithm, **more)
-    check_accumulation(model, controller.loss)
-
-
-def test_accumulation_of_masked_weights():
-    net = build_net()
-    prune.l1_unstructured(net.pw, "weight", 0.5)
-    controller, model = compress("lsq", net)
-    check_accumulation(model, controller.loss)
-
-
-def test_channels_last_is_kept():
-    check_channels_last(compress("lsq")[1])
+    @classmethod
+    def compress_masked(cls):
+        net = build_net()
+        prune.l1_unstructured(net.pw, "weight", 0.5)
+        return *cls.compress("lsq", net), {"pw"}
 
 
 def test_what_a_proxy_adds_in_training_is_the_scale_alone():
     proxies = {
         m.quantizer.role: m
-        for m in compress("lsq")[1].train().modules()
+        for m in TestBrevitas.compress("lsq")[1].train().modules()
         if isinstance(m, (PluginWeightQuantProxy, PluginActQuantProxy)) and m.quantizer.algorithm == "lsq"
     }
     scale = Counter(["aten.clamp_min.default", "aten.detach.default", "aten.view.default"])
@@ -88,7 +47,7 @@ def test_what_a_proxy_adds_in_training_is_the_scale_alone():
 
 
 def test_evaluation_looks_at_forms_and_scales_once(monkeypatch):
-    _, model = compress("fat")
+    _, model = TestBrevitas.compress("fat")
     model.eval()
     made = []
     plain = forms.UniformGrid.__post_init__
@@ -123,13 +82,3 @@ def test_evaluation_sees_what_changes_between_two_batches(change):
         assert torch.equal(after.scale, 2 * before.scale)
     else:
         assert (float(before.bit_width), float(after.bit_width)) == (4, 3)
-
-
-def test_pruned_weights_are_quantized_in_every_evaluation():
-    net = build_net()
-    prune.l1_unstructured(net.pw, "weight", 0.5)
-    _, model = compress("lsq", net)
-    model.eval()
-    with torch.no_grad(), computations(model) as count:
-        first, again = model(batch()[0]), model(batch()[0])
-    assert torch.equal(first, again) and count["pw"] == 2 and count["dw"] == 1

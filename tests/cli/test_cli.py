@@ -7,13 +7,24 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from fat_plugins import __version__, algorithms
+from fat_plugins import __version__, algorithms, penalties
 from fat_plugins.cli import BAD_INPUT, FAILED, OK, app
 from fat_plugins.errors import HostError
 from fat_plugins.recipes.deploy import Deployment, LayerRow
 from fat_plugins.recipes.report import RunReport, VariantResult
 
-COMMANDS = ("algorithms", "train", "export", "verify", "report", "summary", "demo", "convert")
+COMMANDS = (
+    "algorithms",
+    "rewrites",
+    "penalties",
+    "train",
+    "export",
+    "verify",
+    "report",
+    "summary",
+    "demo",
+    "convert",
+)
 
 
 def call(*args):
@@ -56,6 +67,15 @@ def test_algorithms_table_lists_all():
     assert "2 to 8 bit" in result.stdout
 
 
+def test_rewrites_are_listed():
+    from fat_plugins import rewrites
+
+    rows = json.loads(call("rewrites", "--json").stdout)
+    assert [r["name"] for r in rows] == list(rewrites()) and "cfws" in rewrites()
+    table = call("rewrites").stdout
+    assert all(r["name"] in table and r["title"] in table for r in rows)
+
+
 def test_algorithms_json():
     rows = json.loads(call("algorithms", "--json").stdout)
     assert [r["name"] for r in rows] == list(algorithms())
@@ -63,6 +83,12 @@ def test_algorithms_json():
     assert fat["arxiv"] == "2102.07444"
     assert fat["weight_bits"] == [2, 8]
     assert fat["fidelity"].startswith("B")
+
+
+def test_penalties_are_listed():
+    assert "gradient_l1" in call("penalties").stdout
+    rows = json.loads(call("penalties", "--json").stdout)
+    assert [(r["name"], r["arxiv"]) for r in rows] == [(n, p.arxiv) for n, p in penalties().items()]
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------

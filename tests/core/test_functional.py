@@ -129,14 +129,6 @@ def test_half_precision_is_computed_in_float32(name, fn, dtype):
     assert torch.equal(scales[0].grad, scales[1].grad)
 
 
-def test_gradients_are_of_first_order_only():
-    x = torch.randn(3, requires_grad=True)
-    scale = torch.tensor(1.0, requires_grad=True)
-    (g,) = torch.autograd.grad(F.fake_quantize(x, scale, -4, 3).square().sum(), scale, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        g.backward()
-
-
 def test_scales_that_nothing_learns_cost_nothing_and_change_nothing():
     fns = dict(functions())
     x = sample((6, 5)) * 30
@@ -196,3 +188,35 @@ def test_levels_of_channels_last_tensors():
         results.append((out, leaf.grad, scale.grad))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+# -- differentiated twice --------------------------------------------------------------------------------------------
+def _fake(**rules):
+    return lambda x, scale: F.fake_quantize(x, scale, -4, 3, **rules)
+
+
+def _levels(x, scale):
+    levels = torch.tensor([-3.0, -1.0, 0.0, 2.0], dtype=x.dtype)
+    return F.level_quantize(x, scale, levels, (levels[1:] + levels[:-1]) / 2)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize(
+    "quantize",
+    [_fake(), _fake(clip_x_grad=False), _fake(residual_scale_grad=False), _fake(inclusive=False), _levels],
+)
+def test_gradients_have_gradients(quantize, per_channel):
+    """They are the same when somebody differentiates them again, and what he gets equals finite differences."""
+    generator = torch.Generator().manual_seed(0)
+    x = (3 * torch.randn(3, 7, generator=generator, dtype=torch.float64)).requires_grad_()
+    scale = torch.full((3, 1) if per_channel else (), 0.7, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(3, 7, generator=generator, dtype=torch.float64, requires_grad=True)
+    plain = torch.autograd.grad(quantize(x, scale), (x, scale), grad)
+    again = torch.autograd.grad(quantize(x, scale), (x, scale), grad, create_graph=True)
+    torch.testing.assert_close(again, plain)
+    assert all(g.requires_grad for g in again)
+
+    def gradients(*inputs):
+        return torch.autograd.grad(quantize(*inputs[:2]), inputs[:2], inputs[2], create_graph=True)
+
+    assert torch.autograd.gradcheck(gradients, (x, scale, grad))

@@ -101,14 +101,20 @@ MOST = {
     ("apot", "activation"): (71, 77),
     ("bitat", "weight"): (9, 9),
     ("bitat", "activation"): (13, 8),
+    ("cfws", "weight"): (8, 1),
+    ("cfws", "activation"): (7, 4),
     ("direct", "weight"): (26, 59),
     ("direct", "activation"): (301, 5),
+    ("daq", "weight"): (40, 2),
+    ("daq", "activation"): (30, 4),
     ("dorefa", "weight"): (15, 35),
     ("dorefa", "activation"): (5, 4),
     ("dropbits", "weight"): (122, 1187),
     ("dropbits", "activation"): (10, 198),
     ("fat", "weight"): (37, 32),
     ("fat", "activation"): (6, 9),
+    ("gpfq", "weight"): (7, 1),
+    ("gpfq", "activation"): (14, 4),
     ("lq_nets", "weight"): (110, 1),
     ("lq_nets", "activation"): (286, 3),
     ("lsq", "weight"): (5, 12),
@@ -117,20 +123,28 @@ MOST = {
     ("lsq_plus", "activation"): (9, 20),
     ("minmax", "weight"): (8, 1),
     ("minmax", "activation"): (14, 4),
+    ("one_model_for_all", "weight"): (19, 40),
+    ("one_model_for_all", "activation"): (5, 12),
     ("pact", "weight"): (15, 35),
     ("pact", "activation"): (6, 12),
     ("quantization_networks", "weight"): (81, 128),
     ("quantization_networks", "activation"): (86, 136),
     ("rq", "weight"): (287, 583),
     ("rq", "activation"): (287, 583),
+    ("sdq", "weight"): (31, 17),
+    ("sdq", "activation"): (29, 12),
     ("slb", "weight"): (7, 10),
     ("slb", "activation"): (6, 12),
     ("squantizer", "weight"): (49, 3),
     ("squantizer", "activation"): (6, 12),
 }
 #: bytes per element that the graph keeps beside the tensor itself and the quantizer's own: DoReFa's weight behind tanh,
-#: FAT's half spectrum (complex) and gate with the transformed weight, APoT's normalised weight
-KEPT = {("apot", "weight"): 4, ("dorefa", "weight"): 4, ("pact", "weight"): 4, ("fat", "weight"): 12}
+#: FAT's half spectrum (complex) and gate with the transformed weight, APoT's normalised weight, the weight behind the
+#: gains of a width
+KEPT = {
+    **dict.fromkeys([(name, "weight") for name in ("apot", "dorefa", "one_model_for_all", "pact")], 4),
+    ("fat", "weight"): 12,
+}
 DEFAULTS = [c for c in cases(bits=(4,)) if not c.options and not c.per_channel]
 each_default = pytest.mark.parametrize("case", DEFAULTS, ids=str)
 
@@ -217,10 +231,11 @@ def same(expected, actual, tolerance):
 
 
 #: random numbers are drawn outside of graphs; the weights of Direct Quantization are loops over bit planes, those of
-#: LQ-Nets sorted searches, those of SLB a softmax and a product, those of SQuantizer masks and two moments
+#: GPFQ are not trained, those of LQ-Nets sorted searches, those of SLB a softmax and a product, those of SQuantizer
+#: masks and two moments
 NOT_COMPILED = {
     *(("rq", role) for role in ("weight", "activation")),
-    *((name, "weight") for name in ("direct", "lq_nets", "slb", "squantizer")),
+    *((name, "weight") for name in ("direct", "gpfq", "lq_nets", "slb", "squantizer")),
 }
 
 

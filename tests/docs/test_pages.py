@@ -5,10 +5,12 @@ import re
 from fractions import Fraction
 
 import pytest
+import yaml
 from pages import DOCS, blocks
 
-from fat_plugins import algorithms
+from fat_plugins import algorithms, penalties
 
+METHODS = {**algorithms(), **penalties()}
 SECTIONS = ["The idea", "The maths", "Options (`params`)", "When to use it", "Cost", "Export", "Fidelity"]
 ROW = re.compile(r"^\| `(?P<key>\w+)` \| `(?P<default>[^`]+)` \| (?P<meaning>.+) \|$", re.M)
 
@@ -25,20 +27,20 @@ def section(name, title):
 
 
 def test_every_algorithm_has_a_page_and_every_page_an_algorithm():
-    assert {p.stem for p in (DOCS / "algorithms").glob("*.md")} == {*algorithms(), "index"}
+    assert {p.stem for p in (DOCS / "algorithms").glob("*.md")} == {*METHODS, "index"}
 
 
-@pytest.mark.parametrize("name", algorithms())
+@pytest.mark.parametrize("name", METHODS)
 def test_sections_stand_in_order(name):
     titles = [t for t in re.findall(r"^## (.*)$", page(name), re.M) if t in SECTIONS]
     assert titles == SECTIONS
 
 
-@pytest.mark.parametrize("name", algorithms())
+@pytest.mark.parametrize("name", METHODS)
 def test_options_are_those_of_the_code(name):
     """Every field of Params is in the table, with its default as JSON (a fraction may stand for a float)."""
     shown = {m["key"]: m["default"] for m in ROW.finditer(section(name, "Options (`params`)"))}
-    fields = algorithms()[name].Params.model_fields
+    fields = METHODS[name].Params.model_fields
     assert list(shown) == list(fields) or set(shown) == set(fields)
     for key, text in shown.items():
         value = float(Fraction(text)) if "/" in text else json.loads(text)
@@ -59,13 +61,24 @@ def test_head_agrees_with_the_registry(name):
     assert re.search(r"\n\n\*\*[^*]+\.\*\*\n", head), "the fidelity in words"
 
 
-@pytest.mark.parametrize("name", algorithms())
+@pytest.mark.parametrize("name", METHODS)
 def test_fidelity_says_what_must_not_be_claimed(name):
     text = section(name, "Fidelity")
-    grade = algorithms()[name].fidelity.split(":")[0]
+    grade = METHODS[name].fidelity.split(":")[0]
     assert f"Grade **{grade}**" in text or grade == "folklore"
     claims = text[text.index("Not to be claimed:\n\n* ") :]
     assert claims.count("\n* ") >= 1
+
+
+@pytest.mark.parametrize("name", penalties())
+def test_pages_of_penalties_agree_with_the_registry(name):
+    head = page(name).split("\n## ")[0]
+    grade, arxiv = METHODS[name].fidelity.split(":")[0], METHODS[name].arxiv
+    assert re.search(rf"^`penalty: {name}` .* fidelity {grade}$", head, re.M) and arxiv in head
+    assert re.search(r"\n\n\*\*[^*]+\.\*\*\n", head), "the fidelity in words"
+    assert re.search(rf"^\| \[`{name}`\]\({name}\.md\) \| .+ \| {grade}: ", page("index"), re.M)
+    shown = [yaml.safe_load(m["code"]) for m in blocks(DOCS / "algorithms" / f"{name}.md", "yaml")]
+    assert name in {recipe["pretrain"]["penalty"]["name"] for recipe in shown}
 
 
 @pytest.mark.parametrize("name", algorithms())

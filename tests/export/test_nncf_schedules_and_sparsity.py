@@ -1,4 +1,4 @@
-"""Quantization Networks and SQuantizer end to end on whichever generation of NNCF is installed: schedules from the
+"""Quantization Networks, SQuantizer and SDQ end to end on whichever generation of NNCF is installed: schedules from the
 controller, export with equal codes, zeros in the statistics, a mask of NNCF's own, a checkpoint within a schedule."""
 
 import sys
@@ -67,6 +67,10 @@ def weights(model):
         ("squantizer", 4, {}),
         ("squantizer", 2, {"alpha": None}),
         ("squantizer", 4, {"grid": "aligned", "delay_epochs": 1}),
+        ("sdq", 3, {"pruning_ratio": 0.5}),
+        ("sdq", 2, {"tau": 0.7, "alpha": "mse", "activation_alpha": "mse"}),
+        ("sdq", 3, {"levels": "power_of_two"}),
+        ("sdq", 4, {"levels": "power_of_two", "pruning_ratio": 0.5}),
     ],
     ids=str,
 )
@@ -108,8 +112,9 @@ def test_a_delay_survives_a_checkpoint():
     assert all(q.waiting for q in weights(resumed))
 
 
-def test_statistics_show_the_zeros():
-    controller, _ = compress("squantizer", 4)
+@pytest.mark.parametrize("algorithm,params", [("squantizer", {}), ("sdq", {"pruning_ratio": 0.55})])
+def test_statistics_show_the_zeros(algorithm, params):
+    controller, _ = compress(algorithm, 4, **params)
     statistics = controller.statistics()
     if OLD:
         sparse = statistics.const_sparsity.model_statistics
@@ -118,13 +123,16 @@ def test_statistics_show_the_zeros():
         assert controller.statistics(quickly_collected_only=True).const_sparsity is None
         assert compress("quantization_networks", 3)[0].statistics().const_sparsity is None
     else:
-        shares = {t.name: t.zeros for t in statistics.tensors if t.algorithm == "squantizer" and t.role == "weight"}
+        shares = {t.name: t.zeros for t in statistics.tensors if t.algorithm == algorithm and t.role == "weight"}
     assert set(shares) == {"conv1", "conv2", "hidden"} and all(0.4 < s < 0.7 for s in shares.values())
 
 
-def test_masks_of_nncf_replace_the_threshold(tmp_path):
+@pytest.mark.parametrize("algorithm", ["squantizer", "sdq"])
+def test_masks_of_nncf_replace_the_threshold(algorithm, tmp_path):
     sparsity = {"algorithm": "magnitude_sparsity", "sparsity_init": 0.8, "params": {"sparsity_target": 0.8}}
-    controller, model = compress("squantizer", 4, sparsity)
+    controller, model = compress(
+        algorithm, 4, sparsity, **({"tau": 9.0, "levels": "power_of_two"} if algorithm == "sdq" else {})
+    )
     assert all(q.spec.keep_zeros for q in weights(model))
     train(controller, model, 1)
     write(model, tmp_path / "m.xml", crossgen.batch())

@@ -552,3 +552,19 @@ def packed_linear(outputs: int, inputs: int):
     """Codes and grid of a 4-bit weight."""
     codes = torch.randint(-7, 8, (outputs, inputs), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
     return codes, UniformGrid(4, True, True, torch.tensor([0.05]), 0)
+
+
+@pytest.mark.parametrize(("text", "allowed"), [("2024.5.0-1-x", False), ("2027.0.0", False), ("2025.0.0-1-y", True)])
+def test_unsupported_versions_are_refused(monkeypatch, text, allowed):
+    monkeypatch.setattr(openvino, "__version__", text)
+    _ov.openvino.cache_clear()
+    try:
+        if allowed:
+            assert _ov.openvino() is openvino
+            return
+        with pytest.raises(
+            ExportError, match=r"openvino .* is not supported, allowed: 2024\.6 to 2026\.x; pip install"
+        ):
+            _ov.openvino()
+    finally:
+        _ov.openvino.cache_clear()

@@ -17,7 +17,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import onnx_cases as cases
-from frozen_nets import Layer, Net, Single, activation_grid, build, powers, staircase
+from frozen_nets import Layer, Net, Single, activation_grid, build, codebook, powers, staircase
 from qonnx.core.modelwrapper import ModelWrapper
 from qonnx.custom_op.registry import getCustomOp
 from qonnx.transformation.infer_datatypes import InferDataTypes
@@ -92,6 +92,13 @@ def test_layers(kind, per_channel, tmp_path):
         cases.exact(qonnx, model, tmp_path / "m.onnx", x)
         assert datatypes(tmp_path / "m.onnx") == {f"INT{bits}": 1}
         assert set(cases.operations(tmp_path / "m.onnx")) <= STANDARD | {"Quant"}
+
+
+@pytest.mark.parametrize(("bits", "width"), [(2, 2), (3, 4), (4, 8), (5, 16)])
+def test_powers_of_two_take_the_width_of_their_largest(bits, width, tmp_path):
+    model = build(Single, "layer", 8, 8, form=lambda w: codebook(w, bits, powers(2 ** (bits - 1) - 1, True)))
+    cases.exact(qonnx, model, tmp_path / "m.onnx", torch.randn(2, 8, 5, 5))
+    assert datatypes(tmp_path / "m.onnx") == {f"INT{width}": 1}
 
 
 def test_forms(tmp_path):

@@ -119,8 +119,11 @@ def scenarios() -> dict[str, Scenario]:
     }  # fmt: skip
     found |= {
         f"brevitas {n}": Scenario(recipe(section(n, PARAMS.get(n, "{}")), host="brevitas"), ("brevitas",))
-        for n in ("fat", "bitat", "dropbits", "direct", "lsq", "rq", "quantization_networks", "squantizer")
-    }
+        for n in (
+            "fat", "bitat", "dropbits", "direct", "lsq", "rq", "quantization_networks", "squantizer", "apot", "lq_nets",
+            "slb",
+        )
+    }  # fmt: skip
     return {name: s for name, s in found.items() if all(map(installed, s.needs))}
 
 

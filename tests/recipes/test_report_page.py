@@ -160,8 +160,9 @@ def test_same_run_same_page(run, copied):
 # -- the data --------------------------------------------------------------------------------------------------------
 #: keys of the JSON: new ones may be added here, old ones are what programs read
 KEYS = {
-    "ReportData": "format name title algorithm fidelity headline accuracy curves totals tensors over_time figures "
-    "network checks facts missing",
+    "ReportData": "format name title algorithm fidelity metric headline accuracy curves totals tensors over_time "
+    "figures network checks facts missing",
+    "Metric": "name unit difference factor higher_is_better",
     "Tile": "title value note good",
     "Accuracy": "name kind seeds torch deployed weights_bytes float_bytes",
     "Curve": "name kind seed stage before epochs",

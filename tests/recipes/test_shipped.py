@@ -16,7 +16,7 @@ vision = pytest.mark.skipif(not HAS_VISION, reason="torchvision is not installed
 def test_recipe_loads(name):
     recipe = load_recipe(name)
     assert recipe.name == name.replace("/", "_")
-    assert recipe.data.name == name.split("/")[0]
+    assert recipe.data.name == {"sr": "generated_sr"}.get(folder := name.split("/")[0], folder)
     assert (recipe.model.weights is not None) == name.startswith("imagenet/")
     text = label(recipe.config_for(None, recipe.training.stages[-1]))
     parts = [part.lower().removesuffix("a32").replace(" ", "_") for part in text.split(" + ")]
@@ -27,13 +27,13 @@ def test_recipe_loads(name):
 def test_every_algorithm_has_a_recipe():
     from fat_plugins.registry import algorithms
 
-    used = {load_recipe(n).algorithm for n in NAMES if n.startswith("cifar")}
+    used = {load_recipe(n).algorithm for n in NAMES if n.startswith(("cifar", "sr"))}
     assert "fat+lsq" in used
     assert used - {"fat+lsq"} == set(algorithms()) - {"minmax"}
 
 
 def test_every_recipe_is_run():
-    trained = [*only_trained("cifar"), *(only_trained("imagenet") if HAS_VISION else [])]
+    trained = [*only_trained("cifar"), *only_trained("sr"), *(only_trained("imagenet") if HAS_VISION else [])]
     names = [name for name in NAMES if HAS_VISION or not name.startswith("imagenet")]
     assert sorted([*trained, *(name for name in EXPORTED if name in names)]) == names
 

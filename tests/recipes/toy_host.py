@@ -17,6 +17,7 @@ from fat_plugins.mixed import parse_sections
 from fat_plugins.network import set_progress
 from fat_plugins.quantizer import Progress
 from fat_plugins.recipes.schema import plugin_sections
+from fat_plugins.switching import follow_quantizers
 
 
 class Scheduler:
@@ -76,6 +77,7 @@ class ToyHost:
                 quantizer.calibrate(module.weight)
             parametrize.register_parametrization(module, "weight", quantizer, unsafe=True)
             specs.append([algorithm, spec.to_dict()])
+        follow_quantizers(model)
         zero = torch.zeros(())
         controller = SimpleNamespace(scheduler=Scheduler(model), loss=lambda: fat_plugins.regularization(model) or zero)
         controller.state = json.loads(json.dumps(specs))

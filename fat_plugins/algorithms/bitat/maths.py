@@ -8,14 +8,13 @@ stage begins; nothing here is part of a training step. Everything is batched ove
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import product
 from math import ceil
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fat_plugins.errors import QuantizationError
+from fat_plugins import unfold
 from fat_plugins.quantizer import TensorSpec
 
 _ROWS_PER_SAMPLE = 196  # 1024 samples times this are the 2e5 rows of section 3.1
@@ -33,14 +32,10 @@ def sign(x: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------------
 # layers as matrices
 # --------------------------------------------------------------------------------------------------------------------
-def _transposed(spec: TensorSpec) -> bool:
-    return spec.channel_axis == 1 and len(spec.shape) > 2
-
-
 def groups_of(spec: TensorSpec) -> int:
     """How many blocks of outputs have inputs of their own. The groups of a transposed convolution share the scales
     of their outputs, so they are one block whose metric knows no cross terms."""
-    return 1 if _transposed(spec) else spec.groups
+    return 1 if unfold.is_transposed(spec) else spec.groups
 
 
 def to_columns(weight: Tensor, spec: TensorSpec) -> Tensor:
@@ -65,52 +60,11 @@ def input_rows(x: Tensor, spec: TensorSpec) -> Tensor:
     :param x: input of the layer: ``N x C x spatial`` for convolutions, ``... x C`` for linear layers.
     :raises QuantizationError: ``x`` has other channels than the weight.
     """
-    x = x.detach()
-    spatial = len(spec.shape) - 2
-    channels = spec.shape[0] if _transposed(spec) else spec.shape[1 - spec.channel_axis] * spec.groups
-    at = x.ndim - 1 - spatial
-    if at < 0 or x.shape[at] != channels:
-        raise QuantizationError(
-            f"{spec.name}: input of shape {list(x.shape)}; expected {channels} channels at axis {at}"
-        )
-    if spatial < 1:
-        x = x.reshape(x.shape[0] if x.ndim > 1 else 1, -1, channels)
-        return x[:, _positions(x.shape[1], x.device)].reshape(1, -1, channels)
-    x = x.reshape(-1, *x.shape[at:])
-    kernel = spec.shape[2:]
-    stride, dilation = spec.stride or (1,) * spatial, spec.dilation or (1,) * spatial
-    padding = list(spec.padding or (0,) * (2 * spatial))
-    if _transposed(spec):  # the convolution of the input with zeros between its values, kernel reversed
-        x = _stuffed(x, stride)
-        padding = [dilation[i // 2] * (kernel[i // 2] - 1) - p for i, p in enumerate(padding)]
-        stride = (1,) * spatial
-    pairs = [padding[2 * i : 2 * i + 2] for i in reversed(range(spatial))]
-    x = F.pad(x, [n for pair in pairs for n in pair])
-    sizes = [(x.shape[2 + i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(spatial)]
-    if min(sizes) < 1:
-        raise QuantizationError(f"{spec.name}: the input is smaller than the kernel {list(kernel)}")
-    taps, chosen = [], _positions(torch.Size(sizes).numel(), x.device)
-    for offset in product(*map(range, kernel)):
-        if _transposed(spec):
-            offset = tuple(k - 1 - o for k, o in zip(kernel, offset, strict=True))
-        where = [slice(o * d, o * d + s * (n - 1) + 1, s)
-                 for o, d, s, n in zip(offset, dilation, stride, sizes, strict=True)]  # fmt: skip
-        taps.append(x[(slice(None), slice(None), *where)].flatten(2)[:, :, chosen])
-    patches = torch.stack(taps, 2)  # N x C x K x P
-    g = groups_of(spec)
-    patches = patches.reshape(len(patches), g, -1, patches.shape[-1])
-    return patches.permute(1, 0, 3, 2).reshape(g, -1, patches.shape[2])
+    return unfold.input_rows(x, spec, _positions, groups=groups_of(spec))
 
 
-def _positions(count: int, device: torch.device) -> Tensor:
+def _positions(samples: int, count: int, device: torch.device) -> Tensor:
     return torch.arange(0, count, max(1, ceil(count / _ROWS_PER_SAMPLE)), device=device)
-
-
-def _stuffed(x: Tensor, stride: tuple[int, ...]) -> Tensor:
-    sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
-    out = x.new_zeros(*x.shape[:2], *sizes)
-    out[(slice(None), slice(None), *(slice(None, None, s) for s in stride))] = x
-    return out
 
 
 # --------------------------------------------------------------------------------------------------------------------
