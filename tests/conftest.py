@@ -41,6 +41,7 @@ NEEDS_PACKAGE = {
     "test_onnx.py": ("onnx", "onnxruntime"),
     "test_nncf_onnx.py": ("onnx", "onnxruntime", "nncf"),
     "test_qonnx.py": ("onnx", "onnxruntime", "qonnx"),
+    "equality": ("onnx",),
 }
 #: what must be there with a host, so that a broken installation is an error as well
 COMES_WITH = {

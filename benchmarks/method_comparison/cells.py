@@ -38,8 +38,8 @@ TASKS: dict[str, tuple[DataSection, ModelSection, int, int]] = {
     ),
 }
 FLOAT, BREVITAS, NNCF = "float", "brevitas-own", "nncf-own"
-#: of another kind, measured on pages of their own: nothing learned, calibration only, super-resolution, many widths
-ELSEWHERE = ("minmax", "cfws", "daq", "one_model_for_all")
+#: of another kind, measured on pages of their own: nothing learned, post-training, super-resolution, many widths
+ELSEWHERE = ("minmax", "cfws", "daq", "gpfq", "one_model_for_all")
 METHODS = [FLOAT, *(a for a in algorithms() if a not in ELSEWHERE), BREVITAS, NNCF]
 #: options that a method needs to be comparable, beside its defaults
 PARAMS: dict[str, dict[str, Any]] = {

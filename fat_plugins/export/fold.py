@@ -112,7 +112,8 @@ def unsafe_in_integers(layer: Any) -> bool:
             continue
         seen.add(node.get_friendly_name())
         if node.get_type_name() == "FakeQuantize":
-            if bool((constant_of(node.input_value(3)) < 0).any()):
+            low = constant_of(node.input_value(3))
+            if low is None or bool((low < 0).any()):
                 return True
         else:
             stack += [value.get_node() for value in node.input_values()]

@@ -91,8 +91,8 @@ class _QDQ:
 
         Between two quantizers its default optimisations make an integer layer of whatever they find: a float bias
         becomes integers in steps of the two scales' product, a float weight becomes 8 bits, and so does the float input
-        of a product with an integer weight. A Clip that clips nothing leaves them as they are: before such a layer,
-        between a product and its bias, or behind the weight.
+        of a product with an integer weight. A Clip that clips nothing leaves them as they are: in front of such a
+        layer, between a product and its bias, or behind the weight.
         """
         makers = {out: node for node in graph.nodes for out in node.output}
         layers = {name for e in entries for use in e.uses for name in use["nodes"]}

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import cycle, product
 from random import Random
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,21 +66,32 @@ def settings(name: str, role: str) -> list[Case]:
     return found
 
 
-def plans(name: str, seed: int = 0) -> list[Plan]:
-    """All weights x activations x signs of one algorithm; layers, sizes, batch norms and data take turns."""
+def plans(name: str, seed: int = 0, everything: bool = False) -> list[Plan]:
+    """Branches of one algorithm: every weight and every activation that it has, with and without a sign, for each of
+    its options; layers, sizes, batch norms and data take turns.
+
+    :param everything: every weight with every activation, instead of each of them once or more.
+    """
     random = Random(f"{seed}/{name}")
     weights, activations = (settings(name, role) for role in ("weight", "activation"))
     eight = [[c for c in settings(PARTNER, role) if c.bits == 8] for role in ("weight", "activation")]
     found, layers, around = [], cycle(LAYERS), cycle(product((True, False), (5, 7, 1, 4)))
-    for weight, activation, signed in product(weights or eight[0], activations or eight[1], (False, True)):
-        if weights and activations and weight.options != activation.options and len(OPTIONS.get(name, [{}])) > 1:
-            continue  # one section of a config has one set of options
-        norm, size = next(around)
-        data = random.choice(DATA) if random.random() < 0.1 else DATA[0]
-        edge = random.random() < 0.5
-        found.append(Plan(name, weight, activation, next(layers), signed, norm, size, edge, data))
+    for options in sorted({c.options for c in (*weights, *activations)}):
+        own = [[c for c in side if c.options == options] for side in (weights, activations)]
+        some, others = (mine or other for mine, other in zip(own, eight, strict=True))
+        pairs = list(product(some, others)) if everything else _each_once(some, others, random)
+        for (weight, activation), signed in product(pairs, (False, True)):
+            norm, size = next(around)
+            data = random.choice(DATA) if random.random() < 0.1 else DATA[0]
+            found.append(Plan(name, weight, activation, next(layers), signed, norm, size, random.random() < 0.5, data))
     random.shuffle(found)
     return found
+
+
+def _each_once(some: list, others: list, random: Random) -> list[tuple]:
+    """Pairs in which every element occurs."""
+    some, others = random.sample(some, len(some)), random.sample(others, len(others))
+    return [(some[i % len(some)], others[i % len(others)]) for i in range(max(len(some), len(others)))]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -122,12 +132,10 @@ class Branch(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         outputs = channels(plan.layer)[1]
         self.plan, self.name = plan, name
-        # a linear layer may read sequences, whose channels come last
-        axis = {"channel_axis": 1}
         self.weight = nn.Parameter(torch.randn(plan.layer.shape, generator=generator) * 0.2)
         self.bias = nn.Parameter(torch.randn(outputs, generator=generator) * 0.2) if plan.size % 2 else None
         self.norm = _norm(len(plan.layer.shape), outputs, generator) if plan.norm else None
-        self.first, self.second = (plan.activation.make(signed=plan.signed, **axis) for _ in range(2))
+        self.first, self.second = (plan.activation.make(signed=plan.signed) for _ in range(2))
         self.weights = plan.weight.make(plan.layer, followed_by_norm=plan.norm)
         self._calibrate(generator)
 
@@ -221,11 +229,3 @@ class Bank(nn.Module):
         """Random inputs of all branches."""
         generator = torch.Generator().manual_seed(seed)
         return tuple(random_input(b.plan, batch, generator) for b in self.branches)
-
-
-def banks(names: list[str] | None = None, size: int = 24, seed: int = 0) -> Any:
-    """Lists of ``size`` plans, algorithm by algorithm."""
-    for name in names or algorithms():
-        found = plans(name, seed)
-        for start in range(0, len(found), size):
-            yield name, found[start : start + size]
