@@ -242,8 +242,12 @@ def _session(proto: Any, optimise: bool) -> Runner:
     options.log_severity_level = 3
     if not optimise:
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    # ONNX Runtime 1.31 takes the Identity of a further output away together with what its input needs
+    without = ["EliminateIdentity"] if optimise else None
     try:
-        session = runtime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = runtime.InferenceSession(
+            proto.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=without
+        )
     except Exception as error:
         raise ExportError(f"ONNX Runtime cannot load the model: {first_line(error)}") from error
     names = [o.name for o in session.get_outputs()]
