@@ -10,7 +10,6 @@ from test_disk import EVERY_STEP, GO_ON, RECIPE, at_step, refused
 from fat_plugins.errors import FatPluginsError
 from fat_plugins.recipes import load_checkpoint, load_recipe, parts, run, train, variant
 from fat_plugins.recipes.interrupt import Interrupted, Interrupts
-from fat_plugins.recipes.parts import WeightAverage
 from fat_plugins.recipes.trainer import Trainer
 
 PARTS = "  ema: {decay: 0.5}\n  reestimate_norms: true\n"
@@ -64,7 +63,7 @@ MOMENTS = [
     (parts, "_copy", 1, True),  # averages go into the model
     (parts, "_copy", 1, False),
     (parts, "_copy", 2, True),  # and out of it
-    (WeightAverage, "_norms", 3, True),
+    (parts, "norm_statistics", 3, True),
     (variant.QuantizerLog, "after_epoch", 1, False),
 ]
 

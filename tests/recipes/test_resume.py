@@ -37,7 +37,7 @@ def quick(toy_host, monkeypatch):
     monkeypatch.setattr("fat_plugins.recipes.targets.Target.require", lambda self: None)
     monkeypatch.setattr("fat_plugins.recipes.targets.Target.versions", lambda self: {})
 
-    def deploy(target, frozen, path, example, test, samples):
+    def deploy(target, frozen, path, example, test, samples, task):
         path.parent.mkdir(parents=True, exist_ok=True)
         total = sum(p.double().sum() for p in frozen.state_dict().values())
         path.write_text(f"{float(total)!r}")
