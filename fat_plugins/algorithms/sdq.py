@@ -172,6 +172,8 @@ class SDQWeight(WeightQuantizer):
             clip = best_clip(w, lambda v, clip: self._on_grid(v, clip / self.top, self._natural(clip)))
             deviation = float(self._deviation(w))
             self.alpha.fill_(clip / deviation if clip and deviation > _FLOOR else self._start)
+        else:
+            self.alpha.fill_(self._start)
 
     # -- forward -----------------------------------------------------------------------------------------------------
     @torch.no_grad()

@@ -120,6 +120,23 @@ def unsafe_in_integers(layer: Any) -> bool:
     return False
 
 
+def average_in_float(model: Any) -> None:
+    """Keep the plugin from rounding an average of integers to an integer before the next quantizer sees it.
+
+    Between two quantizers OpenVINO lets average pools return 8-bit integers in the steps of their input, however coarse
+    these are (3 bits: 8 values). It does not where another operation stands behind: a Minimum that limits nothing.
+    """
+    op = _ov.opset()
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "AvgPool":
+            continue
+        readers = list(node.output(0).get_target_inputs())
+        same = op.minimum(node.output(0), op.constant(np.finfo(np.float32).max, dtype=np.float32))
+        same.set_friendly_name(f"{node.get_friendly_name()}/exact")
+        for reader in readers:
+            reader.replace_source_output(same.output(0))
+
+
 def plain_max_pools(model: Any) -> None:
     """Give max pools with torch's ceil mode the plain one where both have the same shape.
 

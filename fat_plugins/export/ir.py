@@ -20,7 +20,14 @@ from torch import nn
 from fat_plugins.errors import ExportError
 from fat_plugins.export import _ov
 from fat_plugins.export.common import threshold_table, unique
-from fat_plugins.export.fold import constant_of, fold_affine, plain_max_pools, static_shape, unsafe_in_integers
+from fat_plugins.export.fold import (
+    average_in_float,
+    constant_of,
+    fold_affine,
+    plain_max_pools,
+    static_shape,
+    unsafe_in_integers,
+)
 from fat_plugins.export.packing import Storage, choose_storage, collapse
 from fat_plugins.forms import Codebook, Form, UniformGrid, grids
 from fat_plugins.frozen import FrozenActivation, FrozenWeight, frozen_modules
@@ -111,6 +118,7 @@ def rewrite(model: Any, entries: list[Entry]) -> None:
         if entry.kind == "weight":
             _rewrite_weight(nodes[entry.tag], entry, shared, names)
     plain_max_pools(model)
+    average_in_float(model)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -255,7 +255,7 @@ def render(api: Mapping[str, Any]) -> str:
             for group, points in names.items():
                 out.append(f"* `{group}`: {', '.join(f'`{p}`' for p in points) or 'none of our own'}")
         else:
-            out += ["```python", *(line for n, v in names.items() for line in _lines(n, v)), "```"]
+            out += ["```text", *(line for n, v in names.items() for line in _lines(n, v)), "```"]
         out.append("")
     return "\n".join(out)
 

@@ -273,6 +273,31 @@ def test_a_ceil_pool_whose_shape_would_change_stays(tmp_path):
     assert_same(tmp_path / "m.xml", model, x)
 
 
+class Averaged(nn.Module):
+    """An average pool between two quantizers."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.quantize, self.pool = FrozenActivation(activation_grid(4), "q"), pool
+        self.layer = Layer("layer", 16, 16, activation=activation_grid(4, reach=1.7))
+
+    def forward(self, x):
+        return self.layer(self.pool(self.quantize(x)))
+
+
+POOLS = [nn.AvgPool2d(3, 1, 1), nn.AvgPool2d(3, 2), nn.AvgPool2d(2, count_include_pad=False), nn.AdaptiveAvgPool2d(1)]
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_averages_are_not_rounded_to_the_integers_that_they_are_of(pool, tmp_path):
+    model = build(Averaged, pool=pool)
+    x = torch.rand(2, 16, 12, 12) * 4
+    write(model, tmp_path / "m.xml", x)
+    report = verify(model, tmp_path / "m.xml", x)
+    assert report.ok and not any(a.unexplained for a in report.activations), report.detail
+    assert kernels(tmp_path / "m.xml")[0].speed == "int8"
+
+
 class Other(nn.Module):
     """Weights in other places than 2-d convolutions and linear layers."""
 

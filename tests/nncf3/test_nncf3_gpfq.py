@@ -88,14 +88,15 @@ def test_training_goes_on_with_what_is_left():
     assert all(torch.equal(q.signed_codes(), codes[name]) for name, (q, _) in problems.items())
 
 
+#: the transposed convolution looks its weights up in a table, with codes from zero on
 @pytest.mark.parametrize(
     ("params", "storage"),
     [
-        ({}, {"i4", "i8"}),
+        ({}, {"i4", "i8", "u4"}),
         ({"alphabet": "authors"}, {"i8"}),
-        ({"mode": "l1", "lambda_": 0.02}, {"i4", "i8"}),
-        ({"mode": "stochastic", "bias_correction": "all"}, {"i4", "i8"}),
-        ({"mode": "l0", "lambda_": 0.05}, {"i8", "u2+i4"}),
+        ({"mode": "l1", "lambda_": 0.02}, {"i4", "i8", "u4"}),
+        ({"mode": "stochastic", "bias_correction": "all"}, {"i4", "i8", "u4"}),
+        ({"mode": "l0", "lambda_": 0.05}, {"i8", "u2+i4", "u2+u4"}),
     ],
     ids=lambda p: p.get("mode", p.get("alphabet", "plain")) if isinstance(p, dict) else "",
 )
