@@ -173,7 +173,7 @@ class SDQWeight(WeightQuantizer):
             deviation = float(self._deviation(w))
             self.alpha.fill_(clip / deviation if clip and deviation > _FLOOR else self._start)
         else:
-            self.alpha.fill_(self._start)
+            self.alpha.fill_(self._start if self.params.alpha is None else float(self.params.alpha))
 
     # -- forward -----------------------------------------------------------------------------------------------------
     @torch.no_grad()
