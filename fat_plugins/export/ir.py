@@ -355,7 +355,8 @@ def _staircase(source: Any, form: Any, entry: Entry) -> Any:
     value = op.multiply(total, op.constant(scale.astype(np.float32)))
     value.set_friendly_name(f"{prefix}|value")
     low, high = _carrier(int(levels[0]), int(levels[-1]))
-    if high - low > 255 or scale.ndim:
+    # a range of 256 integers or less that is not that of u8 or i8 would be stretched to one of them
+    if high - low != 255 or scale.ndim:
         why = "one scale per channel" if scale.ndim else f"levels {levels[0]} .. {levels[-1]} do not fit 8 bits"
         entry.notes.append(f"{why}: its readers run in float")
         return value
