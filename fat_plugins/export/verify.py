@@ -322,8 +322,10 @@ def _probe(
         probes[name] = fill(x.shape, rows, forms[name].channel_axis)
     result = forced.run(arrays, probes)
     for check in report.activations:
-        found, form = torch.from_numpy(result.quantized[check.name]), forms[check.name]
-        bad = differs(form, found, form.encode(probes[check.name]))
+        found, form, x = torch.from_numpy(result.quantized[check.name]), forms[check.name], probes[check.name]
+        # where a threshold is zero, the tiny ones are on it: runtimes may take subnormal numbers for zero
+        tie = form.ties(x) < quantizer_guard(form, report.tie_guard)
+        bad = differs(form, found, form.encode(x)) & ~tie
         check.probes += bad.numel()
         check.probe_differences += int(bad.sum())
 
