@@ -100,8 +100,7 @@ def unsafe_in_integers(layer: Any) -> bool:
     """Whether the plugin's integer kernel for ``layer`` must not run: a transposed convolution with a stride whose
     input has a sign.
 
-    OpenVINO 2026.4 (``brgconv_avx512_i8``) gives other numbers from run to run there, or corrupts the heap: the kernel
-    reads past its table of corrections for the sign.
+    OpenVINO 2026.4 (``brgconv_avx512_i8``) gives other numbers from run to run there, and once corrupted the heap.
     """
     if not layer.get_type_name().endswith("ConvolutionBackpropData") or set(layer.get_attributes()["strides"]) == {1}:
         return False
