@@ -121,8 +121,10 @@ def calibrate(model: nn.Module, batches: Batches, plan: Plan) -> None:
 def _showing(observe: Callable[[torch.Tensor], None]) -> Callable[..., None]:
     def hook(layer: nn.Module, inputs: tuple[Any, ...]) -> None:  # what a hook returns would replace the input
         # a layer may quantize its own input; what collects statistics must not see it twice
-        own = getattr(layer, "input_quant", None)
-        observe(_plain(inputs[0] if own is None or layer.training else own(inputs[0])))
+        own, x = getattr(layer, "input_quant", None), inputs[0]
+        if own is not None and not layer.training:
+            x = own(layer.unpack_input(x))  # a quantizer of Brevitas 0.10 takes no plain tensor while it is disabled
+        observe(_plain(x))
 
     return hook
 
