@@ -9,12 +9,11 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch import Tensor, nn
 
 from fat_plugins.errors import ConfigError
-from fat_plugins.explain import explain
-from fat_plugins.plugins import load_group, named
+from fat_plugins.plugins import Plugin, load_group, named
 from fat_plugins.quantizer import Params
 
 GROUP = "fat_plugins.penalties"
@@ -27,7 +26,7 @@ class PenaltyParams(Params):
     warmup: float = Field(0.0, ge=0, description="Epochs over which it then rises from nothing, linearly.")
 
 
-class Penalty:
+class Penalty(Plugin):
     """What a paper adds to the loss. Subclass it in one file and name it in one entry point.
 
     In a loop of one's own::
@@ -58,17 +57,6 @@ class Penalty:
         self.model = model
         self.params = self.parse_params(params)
         self._epoch: float | None = None
-
-    @classmethod
-    def parse_params(cls, params: dict[str, Any] | None, where: str = "params") -> PenaltyParams:
-        """Validate options.
-
-        :raises ConfigError: unknown key or bad value, with the key's path.
-        """
-        try:
-            return cls.Params.model_validate(params or {})
-        except ValidationError as error:
-            raise ConfigError(explain(error, cls.Params, where)) from None
 
     def set_epoch(self, epoch: float) -> None:
         """Tell where training stands, before the forward of a step; needed for ``start`` and ``warmup`` only.

@@ -5,8 +5,31 @@ from __future__ import annotations
 import warnings
 from functools import cache
 from importlib.metadata import entry_points
+from typing import Any, ClassVar
+
+from pydantic import ValidationError
 
 from fat_plugins.errors import ConfigError, unknown
+from fat_plugins.explain import explain
+from fat_plugins.quantizer import Params
+
+
+class Plugin:
+    """What an entry point names: its options, validated in one way for all kinds."""
+
+    name: ClassVar[str]
+    Params: ClassVar[type[Params]] = Params
+
+    @classmethod
+    def parse_params(cls, params: dict[str, Any] | None, where: str = "params") -> Params:
+        """Validate the options.
+
+        :raises ConfigError: unknown key or bad value, with the key's path.
+        """
+        try:
+            return cls.Params.model_validate(params or {})
+        except ValidationError as error:
+            raise ConfigError(explain(error, cls.Params, where)) from None
 
 
 @cache

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
-from pydantic import ValidationError
+from typing import ClassVar
 
 from fat_plugins.errors import ConfigError
-from fat_plugins.explain import explain
-from fat_plugins.plugins import load_group, named
+from fat_plugins.plugins import Plugin, load_group, named
 from fat_plugins.quantizer import (
     ActivationQuantizer,
     Coordinator,
@@ -22,7 +19,7 @@ from fat_plugins.quantizer import (
 GROUP = "fat_plugins.algorithms"
 
 
-class Algorithm:
+class Algorithm(Plugin):
     """What one paper brings. Subclass it in one file and name it in one entry point; nothing else is needed.
 
     Class attributes describe the algorithm for tables, docs and validation; :attr:`weight_quantizer` and
@@ -47,17 +44,6 @@ class Algorithm:
     per_channel_weights: ClassVar[bool] = False
     per_channel_activations: ClassVar[bool] = False
     coordinator: ClassVar[type[Coordinator] | None] = None
-
-    @classmethod
-    def parse_params(cls, params: dict[str, Any] | None, where: str = "params") -> Params:
-        """Validate the section ``params``.
-
-        :raises ConfigError: unknown key or bad value, with the key's path.
-        """
-        try:
-            return cls.Params.model_validate(params or {})
-        except ValidationError as error:
-            raise ConfigError(explain(error, cls.Params, where)) from None
 
     @classmethod
     def check(cls, spec: TensorSpec, params: Params | None = None) -> None:

@@ -12,12 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from fat_plugins.errors import CheckpointError, ConfigError, FatPluginsError, nearest, shown
-from fat_plugins.explain import explain
-from fat_plugins.plugins import load_group, named
+from fat_plugins.plugins import Plugin, load_group, named
 from fat_plugins.quantizer import Params
 
 GROUP = "fat_plugins.rewrites"
@@ -64,7 +62,7 @@ class RewriteReport:
         return f"{self.name}: {count}, {len(self.left)} left as they were"
 
 
-class Rewrite:
+class Rewrite(Plugin):
     """A change to float networks. Subclass it in one file and name it in one entry point."""
 
     name: ClassVar[str]
@@ -75,17 +73,6 @@ class Rewrite:
     #: the grade and what it means for this rewrite, as the spec words it
     fidelity: ClassVar[str]
     Params: ClassVar[type[Params]] = Params
-
-    @classmethod
-    def parse_params(cls, params: dict[str, Any] | None, where: str = "params") -> Params:
-        """Validate the options.
-
-        :raises ConfigError: unknown key or bad value, with the key's path.
-        """
-        try:
-            return cls.Params.model_validate(params or {})
-        except ValidationError as error:
-            raise ConfigError(explain(error, cls.Params, where)) from None
 
     @classmethod
     def apply(cls, model: nn.Module, params: Params, example_input: Tensor | None) -> RewriteReport:
