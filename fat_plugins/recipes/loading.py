@@ -6,6 +6,7 @@ turns, without any state of a random generator.
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -61,8 +62,38 @@ class EpochBatches(Sampler[list[Key]]):
             yield [(self.epoch, i) for i in order[start : start + share]]
 
 
+class _Flag:
+    """``multiprocessing.Event`` as torch's loader uses it (set once, asked often), without a lock.
+
+    A process that is killed while it asks keeps the lock of a real event for ever, and the training process would wait
+    for it.
+    """
+
+    def __init__(self, byte: Any) -> None:
+        self._byte = byte
+
+    def set(self) -> None:
+        self._byte.value = 1
+
+    def is_set(self) -> bool:
+        return bool(self._byte.value)
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """This platform's way to start processes, with events that survive the loss of one."""
+
+    class Context(type(multiprocessing.get_context())):
+        def Event(self) -> _Flag:  # noqa: N802 - its name in multiprocessing
+            return _Flag(self.RawValue("b", 0))
+
+    return Context()
+
+
 class Loader(DataLoader):
-    """torch's loader with a random generator of its own, so that reading data leaves the global one alone."""
+    """torch's loader with a random generator of its own, so that reading data leaves the global one alone.
+
+    The loss of a process that reads ends in an error, wherever that process was.
+    """
 
     def __init__(self, dataset: Dataset, batch_size: int | None = None, **options: Any) -> None:
         # None would switch batching off, where batches come from a sampler
@@ -73,6 +104,7 @@ class Loader(DataLoader):
             **({"collate_fn": _as_it_is} if batched else {}),
             generator=torch.Generator().manual_seed(0),
             pin_memory=torch.cuda.is_available(),
+            **({"multiprocessing_context": _context()} if options.get("num_workers") else {}),
             **options,
         )
 

@@ -63,6 +63,8 @@ def once(folder: Path, dice: random.Random, seconds: float) -> tuple[str, str | 
     which, moment = dice.choice(("first", "second", "both")), dice.uniform(0, seconds)
     children = start(folder, "recipe.yaml", "-o", "run", "--save-every", "1")
     while not (folder / "run" / "recipe.yaml").exists():  # before they have met, whoever started them has to notice
+        if any(child.gone() for child in children):
+            return "neither", f"{[child.output.read_text() for child in children]} before they had met"
         time.sleep(0.01)
     struck = children if which == "both" else [children[which == "second"]]
     met = time.monotonic() - children[0].start

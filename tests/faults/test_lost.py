@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,22 @@ from fat_plugins.recipes.imports import allow
 HERE = Path(__file__).parent
 
 
+@pytest.fixture(params=[False, True], ids=["", "with a lock"])
+def dies_with_a_lock(request, monkeypatch):
+    """A reader spends its time where it holds the lock of torch's event, if it has one, and dies there."""
+    ours = os.getpid()
+
+    def is_set(self):
+        with self._cond:
+            if os.getpid() != ours:
+                time.sleep(0.05)
+            return self._flag.get_value() > 0
+
+    if request.param:
+        monkeypatch.setattr("multiprocessing.synchronize.Event.is_set", is_set)
+
+
+@pytest.mark.usefixtures("dies_with_a_lock")
 @pytest.mark.parametrize("step", [1, 8])
 def test_lost_reader_of_images_is_one_line(tmp_path, toy_host, monkeypatch, step):
     (tmp_path / "own_data.py").write_text(OWN_DATA_MODULE)

@@ -55,7 +55,11 @@ def start_two(folder, *args, words=""):
         )
         for rank in range(2)
     ]  # fmt: skip
-    found = [p.communicate(timeout=TIMEOUT) for p in processes]
+    try:
+        found = [p.communicate(timeout=TIMEOUT) for p in processes]
+    finally:
+        for process in processes:
+            process.kill()
     return [(p.returncode, *output) for p, output in zip(processes, found, strict=True)]
 
 
