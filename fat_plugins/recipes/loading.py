@@ -83,7 +83,7 @@ def _context() -> multiprocessing.context.BaseContext:
     """This platform's way to start processes, with events that survive the loss of one."""
 
     class Context(type(multiprocessing.get_context())):
-        def Event(self) -> _Flag:  # noqa: N802 - its name in multiprocessing
+        def Event(self) -> _Flag:
             return _Flag(self.RawValue("b", 0))
 
     return Context()

@@ -23,6 +23,8 @@ WIDTHS = range(1, 9)
 PARTNER = "minmax"
 #: what the quantizers are calibrated on
 DATA = ("random", "zeros", "constant")
+#: pools of images, 2x2 or global; every third branch with images has one
+POOLS = tuple(product(("max", "average", "global"), ("before", "behind")))
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Plan:
     :param size: spatial extent of the input.
     :param edge: the weight's values lie on the thresholds of the quantizer that was calibrated on it.
     :param data: what the quantizers are calibrated on, one of :data:`DATA`.
+    :param pool: of :data:`POOLS`, and where: before the layer, between two quantizers that both have codes, or behind.
     """
 
     algorithm: str
@@ -44,12 +47,14 @@ class Plan:
     size: int
     edge: bool = False
     data: str = "random"
+    pool: tuple[str, str] | None = None
 
     def __str__(self) -> str:
         words = [self.algorithm, self.layer.name, f"w{self.weight.bits}a{self.activation.bits}"]
         words += [str(case.options) for case in (self.weight, self.activation) if case.algorithm == self.algorithm]
         words += ["signed" if self.signed else "unsigned"] + ["per channel"] * bool(self.weight.per_channel)
         words += ["norm"] * self.norm + ["edge"] * self.edge + ([self.data] if self.data != "random" else [])
+        words += [" pool ".join(self.pool)] if self.pool else []
         return " ".join(words)
 
 
@@ -76,6 +81,7 @@ def plans(name: str, seed: int = 0, everything: bool = False) -> list[Plan]:
     weights, activations = (settings(name, role) for role in ("weight", "activation"))
     eight = [[c for c in settings(PARTNER, role) if c.bits == 8] for role in ("weight", "activation")]
     found, layers, around = [], cycle(LAYERS), cycle(product((True, False), (5, 7, 1, 4)))
+    pools = cycle((None, None, *(p for pool in POOLS for p in (pool, None, None))))
     for options in sorted({c.options for c in (*weights, *activations)}):
         own = [[c for c in side if c.options == options] for side in (weights, activations)]
         some, others = (mine or other for mine, other in zip(own, eight, strict=True))
@@ -83,7 +89,9 @@ def plans(name: str, seed: int = 0, everything: bool = False) -> list[Plan]:
         for (weight, activation), signed in product(pairs, (False, True)):
             norm, size = next(around)
             data = random.choice(DATA) if random.random() < 0.1 else DATA[0]
-            found.append(Plan(name, weight, activation, next(layers), signed, norm, size, random.random() < 0.5, data))
+            layer = next(layers)
+            pool = next(pools) if len(layer.shape) == 4 else None
+            found.append(Plan(name, weight, activation, layer, signed, norm, size, random.random() < 0.5, data, pool))
     random.shuffle(found)
     return found
 
@@ -124,8 +132,15 @@ def input_shape(plan: Plan, batch: int) -> tuple[int, ...]:
     return (batch, channels(plan.layer)[0], *spatial)
 
 
+def _pool(x: Tensor, kind: str) -> Tensor:
+    if kind == "global":
+        return F.adaptive_avg_pool2d(x, 1)
+    function, size = (F.max_pool2d if kind == "max" else F.avg_pool2d), min(2, *x.shape[2:])
+    return function(x, size, stride=1)
+
+
 class Branch(nn.Module):
-    """Quantizer, layer, batch norm, quantizer."""
+    """Quantizer, layer, batch norm, quantizer; perhaps with a pool, and a third quantizer behind an average."""
 
     def __init__(self, plan: Plan, name: str, seed: int) -> None:
         super().__init__()
@@ -135,7 +150,9 @@ class Branch(nn.Module):
         self.weight = nn.Parameter(torch.randn(plan.layer.shape, generator=generator) * 0.2)
         self.bias = nn.Parameter(torch.randn(outputs, generator=generator) * 0.2) if plan.size % 2 else None
         self.norm = _norm(len(plan.layer.shape), outputs, generator) if plan.norm else None
-        self.first, self.second = (plan.activation.make(signed=plan.signed) for _ in range(2))
+        self.first, self.middle, self.second = (plan.activation.make(signed=plan.signed) for _ in range(3))
+        if plan.pool is None or plan.pool[1] == "behind" or plan.pool[0] == "max":
+            self.middle = None
         self.weights = plan.weight.make(plan.layer, followed_by_norm=plan.norm)
         self._calibrate(generator)
 
@@ -150,6 +167,10 @@ class Branch(nn.Module):
         self.first.calibrate(x)
         for quantizer in (self.weights, self.first):
             _move(quantizer, generator)
+        if self.middle is not None:
+            with torch.no_grad():
+                self.middle.calibrate(_pool(self.first(x), plan.pool[0]))
+            _move(self.middle, generator)
         if plan.edge and plan.data == "random":
             self._put_on_thresholds(generator)
         self.eval()
@@ -171,18 +192,30 @@ class Branch(nn.Module):
             self.weight.copy_(torch.where(chosen, torch.where(low.frac() > 0, low, high), self.weight))
 
     def _layer(self, x: Tensor) -> Tensor:
-        y = _apply(self.plan.layer, self.first(x), self.weights(self.weight), self.bias)
+        kind, where = self.plan.pool or ("", "")
+        x = self.first(x)
+        x = _pool(x, kind) if where == "before" else x
+        x = x if self.middle is None else self.middle(x)
+        y = _apply(self.plan.layer, x, self.weights(self.weight), self.bias)
         y = self.norm(y) if self.norm is not None else y
-        return y if self.plan.signed else F.relu(y)
+        y = y if self.plan.signed else F.relu(y)
+        return _pool(y, kind) if where == "behind" else y
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(self._layer(x))
 
+    @property
+    def activations(self) -> list[nn.Module]:
+        """Quantizers in the order of execution."""
+        return [q for q in (self.first, self.middle, self.second) if q is not None]
+
     def freeze(self) -> None:
         """Put the deployed forms in the quantizers' places."""
         self.weights = FrozenWeight(*self.weights.freeze(self.weight), self.name)
-        self.first = FrozenActivation(self.first.form(), f"{self.name}.first")
-        self.second = FrozenActivation(self.second.form(), f"{self.name}.second")
+        for name in ("first", "middle", "second"):
+            quantizer = getattr(self, name)
+            if quantizer is not None:
+                setattr(self, name, FrozenActivation(quantizer.form(), f"{self.name}.{name}"))
 
 
 def _norm(ndim: int, size: int, generator: torch.Generator) -> nn.Module:

@@ -124,11 +124,13 @@ def _deployed(bank: Bank, target: Target, path: Path, inputs: tuple[Tensor, ...]
     found = import_module(target.module).execute(path, [x.numpy() for x in inputs])
     for branch, wanted, values in zip(bank.branches, calls.outputs, found, strict=True):
         x, form = calls.inputs[branch.second.name], branch.second.form
-        first = branch.first.form
         bad = differs(form, torch.from_numpy(values), form.encode(x))
-        # a tie of the first quantizer moves everything that is computed from it
-        start = first.ties(calls.inputs[branch.first.name]) < quantizer_guard(first, GUARD)
-        moved = start.flatten(1).any(1).reshape(-1, *[1] * (wanted.ndim - 1))
+        # a tie of a quantizer moves everything that is computed from it
+        moved = torch.zeros(len(wanted), *[1] * (wanted.ndim - 1), dtype=torch.bool)
+        for module in branch.activations[:-1]:
+            guard = quantizer_guard if module is branch.first else input_guard
+            close = module.form.ties(calls.inputs[module.name]) < guard(module.form, GUARD)
+            moved |= close.flatten(1).any(1).view_as(moved)
         explained = moved | (form.ties(x) < input_guard(form, GUARD))
         tally.deployed += bad.numel()
         tally.ties += int((bad & explained).sum())

@@ -37,7 +37,7 @@ def near_ties(bank: Bank, counts: dict[int, list[int]]) -> None:
     for branch in bank.branches:
         if branch.plan.data != "random":
             continue
-        for module in (branch.first, branch.second):
+        for module in branch.activations:
             x, row = calls.inputs[module.name], counts.setdefault(module.form.bits, [0, 0])
             row[0] += int((module.form.ties(x) < input_guard(module.form, GUARD)).sum())
             row[1] += x.numel()

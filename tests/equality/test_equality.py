@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from banks import LAYERS, WIDTHS, Bank, channels, plans, settings
+from banks import LAYERS, POOLS, WIDTHS, Bank, channels, plans, settings
 from compare import GUARD, HERE, batches, compare, crafted, fitting
 
 from fat_plugins import algorithms
@@ -74,6 +74,7 @@ def test_every_setting_of_every_algorithm_is_planned():
     every = [p for name in NAMES for p in plans(name)]
     assert {p.weight.bits for p in every} == {p.activation.bits for p in every} == set(WIDTHS)
     assert {p.data for p in every} == {"random", "zeros", "constant"}
+    assert {p.pool for p in every} == {None, *POOLS}
     assert len(plans("lsq", everything=True)) == 2 * 14 * 7
 
 
