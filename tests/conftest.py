@@ -39,6 +39,7 @@ NEEDS_PACKAGE = {
     "test_verify.py": ("openvino",),
     "test_nncf_export.py": ("openvino", "nncf"),
     "test_onnx.py": ("onnx", "onnxruntime"),
+    "test_nncf_widths.py": ("openvino", "nncf"),
     "test_nncf_onnx.py": ("onnx", "onnxruntime", "nncf"),
     "test_qonnx.py": ("onnx", "onnxruntime", "qonnx"),
     "equality": ("onnx",),

@@ -1,4 +1,4 @@
-"""One model at several bit widths on NNCF 3."""
+"""One model at several bit widths, on whichever generation of NNCF is installed."""
 
 from __future__ import annotations
 
