@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from fat_plugins.config import Section
-from fat_plugins.errors import FatPluginsError, unknown
-from fat_plugins.explain import Expected
+from fat_plugins.errors import FatPluginsError
 from fat_plugins.penalties import Penalty, get_penalty, penalties
 from fat_plugins.recipes.hooks import Part
+from fat_plugins.recipes.naming import FROM_NAME, NAME_OR_OBJECT, NamedSection
 from fat_plugins.recipes.rewriting import rewritten
 
 if TYPE_CHECKING:
@@ -24,38 +23,23 @@ if TYPE_CHECKING:
 _SAMPLES = 4
 
 
-class PenaltySection(Section):
+class PenaltySection(NamedSection):
     """One penalty."""
 
+    kind: ClassVar[str] = "penalty"
     name: str = Field(description="Name of a registered penalty.")
     params: dict[str, Any] = Field(default_factory=dict, description="Options of the penalty.")
 
-    @field_validator("name")
     @classmethod
-    def _known(cls, value: str) -> str:
-        if value not in penalties():
-            raise ValueError(unknown("penalty", value, penalties()))
-        return value
+    def registered(cls) -> dict[str, type[Penalty]]:
+        return penalties()
 
     def build(self, model: nn.Module) -> Penalty:
         """The penalty of ``model``."""
         return get_penalty(self.name)(model, **self.params)
 
 
-def _named(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
-NamedPenalty = Annotated[PenaltySection, BeforeValidator(_named), Expected("a name, or an object with name and params")]
-
-
-def check_penalty(section: PenaltySection | None, where: str) -> None:
-    """Options of a penalty.
-
-    :raises ConfigError: one line with the key's path.
-    """
-    if section is not None:
-        get_penalty(section.name).parse_params(section.params, f"{where}.params")
+NamedPenalty = Annotated[PenaltySection, FROM_NAME, NAME_OR_OBJECT]
 
 
 def try_penalties(recipe: Recipe, host: Host, data: Data) -> None:

@@ -3,47 +3,28 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from fat_plugins.config import Section
-from fat_plugins.errors import unknown
-from fat_plugins.explain import Expected
-from fat_plugins.rewrites import RewriteReport, get_rewrite, rewrite, rewrites
+from fat_plugins.recipes.naming import FROM_NAME, NAME_OR_OBJECT, NamedSection
+from fat_plugins.rewrites import Rewrite, RewriteReport, rewrite, rewrites
 
 
-class RewriteSection(Section):
+class RewriteSection(NamedSection):
     """One change to the float network."""
 
+    kind: ClassVar[str] = "rewrite"
     name: str = Field(description="Name of a registered rewrite.")
     params: dict[str, Any] = Field(default_factory=dict, description="Options of the rewrite.")
 
-    @field_validator("name")
     @classmethod
-    def _known(cls, value: str) -> str:
-        if value not in rewrites():
-            raise ValueError(unknown("rewrite", value, rewrites()))
-        return value
+    def registered(cls) -> dict[str, type[Rewrite]]:
+        return rewrites()
 
 
-def _named(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
-RewriteSections = list[
-    Annotated[RewriteSection, BeforeValidator(_named), Expected("a name, or an object with name and params")]
-]
-
-
-def check_rewrites(sections: list[RewriteSection], where: str) -> None:
-    """Options of rewrites.
-
-    :raises ConfigError: one line with the key's path.
-    """
-    for i, section in enumerate(sections):
-        get_rewrite(section.name).parse_params(section.params, f"{where}.{i}.params")
+RewriteSections = list[Annotated[RewriteSection, FROM_NAME, NAME_OR_OBJECT]]
 
 
 def rewritten(

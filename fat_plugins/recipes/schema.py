@@ -17,8 +17,8 @@ from fat_plugins.recipes.data import DATASETS, Data
 from fat_plugins.recipes.joint import JointSection, check_joint
 from fat_plugins.recipes.models import MODELS, build_torchvision, check_model
 from fat_plugins.recipes.optim import OPTIMIZERS, check_options
-from fat_plugins.recipes.penalty import NamedPenalty, check_penalty
-from fat_plugins.recipes.rewriting import RewriteSection, RewriteSections, check_rewrites
+from fat_plugins.recipes.penalty import NamedPenalty
+from fat_plugins.recipes.rewriting import RewriteSection, RewriteSections
 from fat_plugins.recipes.targets import FORMATS, Target, targets_of
 from fat_plugins.recipes.weights import is_file, load_weights, torchvision_weights
 from fat_plugins.registry import algorithms, get_algorithm
@@ -355,12 +355,14 @@ class Recipe(BaseModel):
         names = [plugin_section(self.compression)["algorithm"], *(b.algorithm for b in self.baselines)]
         if len(set(names)) != len(names):
             raise ConfigError(f"baselines: {names[1:]} repeat each other or the recipe's own algorithm '{names[0]}'")
-        for key in ("pretrain", "training"):
-            check_penalty(getattr(self, key).penalty, f"{key}.penalty")
+        named = {f"{key}.penalty": getattr(self, key).penalty for key in ("pretrain", "training")}
+        named |= {f"rewrites.{i}": section for i, section in enumerate(self.rewrites)}
         for i, baseline in enumerate(self.baselines):
             get_algorithm(baseline.algorithm).parse_params(baseline.params, f"baselines.{i}.params")
-            check_rewrites(baseline.rewrites or [], f"baselines.{i}.rewrites")
-        check_rewrites(self.rewrites, "rewrites")
+            named |= {f"baselines.{i}.rewrites.{j}": section for j, section in enumerate(baseline.rewrites or [])}
+        for where, section in named.items():
+            if section is not None:
+                section.check(where)
         for variant in (None, *self.baselines):
             for i, stage in enumerate(self.training.stages):
                 config = self.config_for(variant, stage)
