@@ -100,13 +100,13 @@ class _QDQ:
             exact = node.input[1] in makers and makers[node.input[1]].op_type == "DequantizeLinear"
             if not _dequantized(makers, node.input[0]):
                 if exact and node.op_type == "MatMul":
-                    node.input[1] = _barrier(graph, node.input[1], f"{node.name}.exact")
+                    node.input[1] = _barrier(graph, node.input[1], f"{node.name}.exact").output[0]
                 continue
             biased = [n for n, _ in graph.readers(node.output[0]) if n.op_type == "Add"]
             if not exact or len(node.input) > 2:
-                node.input[0] = _barrier(graph, node.input[0], f"{node.name}.input")
+                node.input[0] = _barrier(graph, node.input[0], f"{node.name}.input").output[0]
             elif node.op_type == "MatMul" and biased:
-                product = _barrier(graph, node.output[0], f"{node.name}.exact")
+                product = _barrier(graph, node.output[0], f"{node.name}.exact").output[0]
                 for add in biased:
                     add.input[:] = [product if name == node.output[0] else name for name in add.input]
 
@@ -148,11 +148,14 @@ class _QDQ:
         return [_integer_grid(graph, scale, axis, kind, low, high, source, out, entry.name)]
 
 
-def _barrier(graph: Graph, tensor: str, name: str) -> str:
-    """The same numbers, behind a Clip."""
-    out, least = graph.fresh(name), graph.constant(f"{name}.least", np.finfo(np.float32).min)
-    graph.add("Clip", [tensor, least], out, graph.fresh(f"{name}.clip"), like=tensor)
-    return out
+def _barrier(graph: Graph, tensor: str, name: str, out: str | None = None) -> Any:
+    """The same numbers, behind a Clip.
+
+    :param out: the tensor behind it; by default a new one.
+    :return: the node.
+    """
+    out, least = out or graph.fresh(name), graph.constant(f"{name}.least", np.finfo(np.float32).min)
+    return graph.add("Clip", [tensor, least], out, graph.fresh(f"{name}.clip"), like=tensor)
 
 
 def _dequantized(makers: dict[str, Any], tensor: str) -> bool:
@@ -174,11 +177,22 @@ def _dequantize(graph: Graph, source: str, scale: np.ndarray, axis: int, kind: t
     graph.add("DequantizeLinear", inputs, out, graph.fresh(f"{name}.dequantize"), **how)
 
 
+def _activation(graph: Graph, codes: str, scale: np.ndarray, axis: int, kind: type, out: str, name: str) -> None:
+    """What reads codes. With a scale per channel it gets a Clip, as has QuantizeLinear then: ONNX Runtime makes integer
+    operations of sums, averages and functions between two quantizers, which refuse such scales or, like Softmax, take
+    the first one for all channels."""
+    real = graph.fresh(f"{name}.real") if scale.size > 1 else out
+    _dequantize(graph, codes, scale, axis, kind, real, name)
+    if scale.size > 1:
+        _barrier(graph, real, f"{name}.out", out)
+
+
 def _integer_grid(
     graph: Graph, scale: np.ndarray, axis: int, kind: type, low: int, high: int, source: str, out: str, name: str
 ) -> Any:
     vector = scale if scale.size > 1 else scale.reshape(())
-    inputs = [source, graph.constant(f"{name}.scale", vector)]
+    barrier = _barrier(graph, source, f"{name}.in") if scale.size > 1 else None
+    inputs = [barrier.output[0] if barrier else source, graph.constant(f"{name}.scale", vector)]
     inputs.append(graph.constant(f"{name}.zero_point", np.zeros_like(vector), kind))
     how = {"axis": axis} if scale.size > 1 else {}
     codes = graph.fresh(f"{name}.codes")
@@ -188,8 +202,8 @@ def _integer_grid(
         wide, codes = codes, graph.fresh(f"{name}.clipped")
         ends = [graph.constant(f"{name}.low", low, kind), graph.constant(f"{name}.high", high, kind)]
         graph.add("Clip", [wide, *ends], codes, graph.fresh(f"{name}.clip"))
-    _dequantize(graph, codes, scale, axis, kind, out, name)
-    return first
+    _activation(graph, codes, scale, axis, kind, out, name)
+    return barrier or first
 
 
 def _float_grid(graph: Graph, view: np.ndarray, low: int, high: int, source: str, out: str, name: str) -> Any:
@@ -229,7 +243,7 @@ def _steps(
     else:
         codes = graph.fresh(f"{name}.codes")
         graph.add("Cast", [count], codes, codes, to={np.uint8: 2, np.int8: 3}[kind])
-        _dequantize(graph, codes, scale, axis, kind, out, name)
+        _activation(graph, codes, scale, axis, kind, out, name)
     return first
 
 

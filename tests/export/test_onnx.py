@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -22,6 +23,7 @@ from frozen_nets import Layer, Net, Single, build, powers
 from fat_plugins import ExportError
 from fat_plugins.export import _onnx_graph, onnx
 from fat_plugins.forms import Codebook, Staircase, UniformGrid
+from fat_plugins.frozen import FrozenActivation
 
 STANDARD = {"Conv", "ConvTranspose", "MatMul", "BatchNormalization", "Relu", "Add", "MaxPool", "ReduceMean"}
 INTEGER = {"QuantizeLinear", "DequantizeLinear", "Clip"}
@@ -129,6 +131,49 @@ def test_per_channel_activations(tmp_path):
     form = Staircase(3, powers(3, True), powers(3, True)[:-1].double() + 0.4, scale, 1)
     x = cases.near_thresholds(form, form.thresholds)
     cases.assert_codes(onnx, form, x.reshape(*x.shape, 1, 1).expand(-1, -1, 2, 2).contiguous(), tmp_path / "m.onnx")
+
+
+BETWEEN = {
+    "Add": lambda a, b: a + b,
+    "Mul": lambda a, b: a * b,
+    "Concat": lambda a, b: torch.cat([a[:, :3], b[:, 3:]], 1),
+    "AveragePool": lambda a, b: F.avg_pool2d(a, 2),
+    "GlobalAveragePool": lambda a, b: F.adaptive_avg_pool2d(a, 1),
+    "LeakyRelu": lambda a, b: F.leaky_relu(a),
+    "Sigmoid": lambda a, b: torch.sigmoid(a),
+    "Softmax": lambda a, b: torch.softmax(a, 1),
+    "MaxPool": lambda a, b: F.max_pool2d(a, 2),
+}
+
+
+class Between(nn.Module):
+    """An operation between quantizers, with scales per channel in front, behind, or both; no layer."""
+
+    def __init__(self, operation, per_channel, steps):
+        super().__init__()
+        self.operation, self.two = BETWEEN[operation], operation in ("Add", "Mul", "Concat")
+        names = ("a", "b", "c") if self.two else ("a", "c")
+        for i, name in enumerate(names):
+            scale = 0.02 + 0.05 * torch.rand(6 if per_channel[name == "c"] else 1)
+            form = UniformGrid(4 if name == "a" else 8, True, False, scale, 1)
+            if steps and i == 0:
+                form = Staircase(3, powers(3, True), powers(3, True)[:-1].double() + 0.4, scale, 1)
+            self.add_module(name, FrozenActivation(form, name))
+
+    def forward(self, x):
+        return self.c(self.operation(self.a(x), self.b(0.7 * x) if self.two else None))
+
+
+@pytest.mark.parametrize("steps", [False, True], ids=["grid", "steps"])
+@pytest.mark.parametrize("per_channel", [(True, False), (False, True), (True, True)], ids=["before", "behind", "both"])
+@pytest.mark.parametrize("operation", BETWEEN)
+def test_operations_between_scales_per_channel(operation, per_channel, steps, tmp_path):
+    """ONNX Runtime's integer versions of these operations refuse such scales, or give other numbers."""
+    model, x, path = Between(operation, per_channel, steps).eval(), torch.randn(4, 6, 8, 8), tmp_path / "m.onnx"
+    onnx.export(model, path, x[:1])
+    verdict = onnx.verify(model, path, x)
+    assert verdict.ok and all(a.probes for a in verdict.activations), verdict.detail
+    assert np.allclose(onnx.execute(path, [x.numpy()])[0], model(x).numpy(), atol=1e-6)
 
 
 def test_wide_weights_take_32_bits(tmp_path):
