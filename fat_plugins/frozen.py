@@ -6,7 +6,7 @@ alone, without looking at modules or wrappers of a host. The operators run eager
 ``torch.export``.
 """
 
-from __future__ import annotations
+# annotations are not postponed: torch before 2.5 reads those of custom operators as they stand
 
 from collections.abc import Iterator
 
