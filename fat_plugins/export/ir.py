@@ -230,15 +230,34 @@ def _scaled(values: Any, scale: np.ndarray, name: str) -> Any:
 
 
 def _sum_of_layers(node: Any, weights: list[Any], layer: str) -> list[str]:
-    """Put one copy of ``node`` per weight in its place, outputs added: each keeps an integer kernel."""
+    """Put one copy of ``node`` per weight in its place, outputs added: each keeps an integer kernel.
+
+    A constant that is added to the layer joins the first copy. Behind the sum OpenVINO (2026.4) fuses it into one of
+    the layers, and is wrong where that gives one number per channel (one sample, one position) of a batch that is not
+    fixed.
+    """
     copies = [_ov.copy_with(node, [node.input_value(0), w.output(0)]) for w in weights]
     names = _names(layer, len(copies))
     for copy, name in zip(copies, names, strict=True):
         copy.set_friendly_name(name)
-    total = reduce(_ov.opset().add, copies)
+    place, constant = node.output(0), _added_constant(node)
+    first = copies[0]
+    if constant is not None:
+        place, first = constant[0].output(0), _ov.opset().add(copies[0], constant[1])
+        first.set_friendly_name(constant[0].get_friendly_name())
+    total = reduce(_ov.opset().add, [first, *copies[1:]])
     total.set_friendly_name(layer)
-    _take_place(node.output(0), total.output(0))
+    _take_place(place, total.output(0))
     return names
+
+
+def _added_constant(node: Any) -> tuple[Any, Any] | None:
+    """The only reader of ``node``, if that adds a constant, and the constant."""
+    readers = [target.get_node() for target in node.output(0).get_target_inputs()]
+    if len(readers) != 1 or readers[0].get_type_name() != "Add":
+        return None
+    others = [v for v in readers[0].input_values() if v.get_node().get_type_name() == "Constant"]
+    return (readers[0], others[0]) if len(others) == 1 else None
 
 
 def _take_place(old: Any, new: Any) -> None:

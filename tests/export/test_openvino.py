@@ -410,6 +410,27 @@ def test_sums_of_grids_are_sums_of_integer_layers(tmp_path):
         execute(path, [x.numpy()[:, :2]])
 
 
+class Gate(nn.Module):
+    """A sum of grids behind a global pool, as in squeeze-and-excitation: one number per channel of a sample."""
+
+    def __init__(self, norm, bias):
+        super().__init__()
+        self.gate = Layer("gate", 8, 8, kernel=1, form=Sums.sign_and_rest, bias=bias, norm=norm, relu=False)
+        self.out = FrozenActivation(activation_grid(8, signed=True), "out")
+
+    def forward(self, x):
+        return self.out(self.gate(F.adaptive_avg_pool2d(x, 1)))
+
+
+@pytest.mark.parametrize(("norm", "bias"), [(True, False), (False, True), (True, True)])
+def test_constant_beside_a_sum_of_grids_at_one_position(norm, bias, tmp_path):
+    path, model = tmp_path / "m.xml", build(Gate, norm, bias)
+    with pytest.warns(UserWarning, match="a sum of 2 grids"):
+        export(model, path, torch.rand(1, 8, 3, 3))
+    for batch in (1, 2):
+        assert_same(path, model, 3 * torch.rand(batch, 8, 3, 3))
+
+
 def test_fixed_batch(tmp_path):
     model = build(Single, "layer", 4, 4)
     write(model, tmp_path / "m.xml", torch.rand(2, 4, 5, 5), dynamic_batch=False)
