@@ -6,7 +6,7 @@ alone, without looking at modules or wrappers of a host. The operators run eager
 ``torch.export``.
 """
 
-# annotations are not postponed: torch before 2.5 reads those of custom operators as they stand
+from __future__ import annotations
 
 from collections.abc import Iterator
 
@@ -26,7 +26,12 @@ def _decode(codes: Tensor, scale: Tensor, levels: Tensor, axis: int) -> Tensor:
     return integers.to(scale.dtype) * per_channel_view(scale, codes.ndim, axis)
 
 
-@torch.library.custom_op("fat_plugins::decode_weight", mutates_args=())
+# schemas are written out: torch 2.4 does not read postponed annotations
+@torch.library.custom_op(
+    "fat_plugins::decode_weight",
+    mutates_args=(),
+    schema="(Tensor codes, Tensor scale, Tensor levels, int bits, int low, int axis, str name) -> Tensor",
+)
 def decode_weight(codes: Tensor, scale: Tensor, levels: Tensor, bits: int, low: int, axis: int, name: str) -> Tensor:
     """Weight (dtype of ``scale``) of integer codes.
 
@@ -44,7 +49,11 @@ def _(codes, scale, levels, bits, low, axis, name):
     return torch.empty_like(codes, dtype=scale.dtype)
 
 
-@torch.library.custom_op("fat_plugins::decode_sum", mutates_args=())
+@torch.library.custom_op(
+    "fat_plugins::decode_sum",
+    mutates_args=(),
+    schema="(Tensor codes, Tensor scale, Tensor levels, str layout, int axis, str name) -> Tensor",
+)
 def decode_sum(codes: Tensor, scale: Tensor, levels: Tensor, layout: str, axis: int, name: str) -> Tensor:
     """Weight (dtype of ``scale``) of packed codes: the sum of its parts.
 
@@ -70,7 +79,12 @@ def _(codes, scale, levels, layout, axis, name):
     return torch.empty_like(codes, dtype=scale.dtype)
 
 
-@torch.library.custom_op("fat_plugins::quantize_activation", mutates_args=())
+@torch.library.custom_op(
+    "fat_plugins::quantize_activation",
+    mutates_args=(),
+    schema="(Tensor x, Tensor scale, Tensor levels, Tensor thresholds, int low, int high, int axis, str name) "
+    "-> Tensor",
+)
 def quantize_activation(
     x: Tensor, scale: Tensor, levels: Tensor, thresholds: Tensor, low: int, high: int, axis: int, name: str
 ) -> Tensor:

@@ -176,7 +176,7 @@ def staircase(r: Tensor, thresholds: Tensor, steps: Tensor | None = None) -> Ten
 
     :param thresholds, steps: 1-d, ascending thresholds.
     """
-    compared = len(thresholds) <= _MOST_COMPARED and (r.is_cpu or torch.compiler.is_compiling())
+    compared = len(thresholds) <= _MOST_COMPARED and (r.device.type == "cpu" or torch.compiler.is_compiling())
     if torch.jit.is_tracing() or not compared:
         index = _index(r, thresholds)
         found = index if steps is None else torch.cat([steps.new_zeros(1), steps.cumsum(0)])[index]
@@ -392,8 +392,9 @@ class _Gate(torch.autograd.Function):
         spectrum, transform, gate = ctx.saved_tensors
         n = ctx.count
         with torch.autocast(grad.device.type, enabled=False):
-            # the one over n comes first: gradients of huge weights overflow otherwise
-            wave = torch.fft.rfft(grad, dim=1, norm="forward")
+            # the one over n comes first: gradients of huge weights overflow otherwise. torch 2.8 refuses expanded
+            # tensors (MKL)
+            wave = torch.fft.rfft(grad.contiguous(), dim=1, norm="forward")
             # every frequency but the first, and the last of an even length, stands for two of the full spectrum
             twice = torch.full_like(gate[0], 2.0)
             twice[:1].fill_(1.0)

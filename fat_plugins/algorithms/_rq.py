@@ -108,7 +108,12 @@ def probability(r: Tensor, rho: Tensor, point: Tensor | float, low: int, high: i
     """pi of the cell of ``point`` (shape of ``r``, or one number), section 3.1."""
     raw, s = cell(r, rho, point)
     own, grid = slopes_of(r, rho, point, raw, s), grid_mass(r, rho, low, high, truncated)
-    return Slopes(own.value / grid.value, *(d - g for d, g in zip(own[1:], grid[1:], strict=True)))
+    return Slopes(
+        own.value / grid.value,
+        own.by_x - grid.by_x,
+        own.by_alpha - grid.by_alpha,
+        own.by_sigma - grid.by_sigma,
+    )
 
 
 class _Bounded(torch.autograd.Function):

@@ -353,7 +353,9 @@ class _Categorical(torch.autograd.Function):
         used = mask if plan.gates is not None else None
         # two unrolled loops, or one over many points, are not worth the compiler's time
         loops = plan.gates is not None or (plan.estimator == "full" and plan.high - plan.low > _UNROLLED)
-        args = (alpha * plan.factor, used, steps, *plan[:-1])
+        # named: the compiler of torch 2.8 cannot slice a NamedTuple
+        rest = (plan.low, plan.high, plan.estimator, plan.truncated, plan.gates)
+        args = (alpha * plan.factor, used, steps, *rest)
         by_x, (by_alpha, by_sigma, *more) = evaluate(
             _slopes, (grad, x), (alpha, rho), args, block=_BLOCK if loops else None
         )

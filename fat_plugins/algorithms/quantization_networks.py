@@ -13,7 +13,6 @@ activations with ``uniform_thresholds`` tie ``beta`` to ``1/alpha``, thresholds 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -234,6 +233,11 @@ def _run(fn: Callable, tensors: tuple[Tensor, ...], alpha: Tensor, beta: Tensor,
     return evaluate(fn, tensors, (alpha, beta), args, block=_BLOCK if len(steps) > _UNROLLED else None)
 
 
+def _gaps(levels: tuple[int, ...]) -> tuple[int, ...]:
+    # by index: the compiler of torch 2.4 knows no itertools.pairwise
+    return tuple(levels[i] - levels[i - 1] for i in range(1, len(levels)))
+
+
 class _SoftStaircase(torch.autograd.Function):
     """One node that keeps x and recomputes one sigmoid after the other in the backward.
 
@@ -326,7 +330,7 @@ class _Steps(nn.Module):
                 hard = None if self.training else self._hard(x, alpha, beta)
                 dtype = torch.promote_types(wide(x).dtype, beta.dtype)
                 temperature = (self.clock.to(dtype) * k).clamp_max(cap)
-            steps = tuple(b - a for a, b in pairwise(self.levels))
+            steps = _gaps(self.levels)
             b = self.thresholds().to(dtype)
             tied = self.beta is None
             return _SoftStaircase.apply(x, alpha, beta, b, temperature, hard, steps, self.levels[0], t1, tied, still)
@@ -350,7 +354,7 @@ class _Steps(nn.Module):
         b = self.thresholds().cpu()
         margin = 0.25 * max(float(b[-1] - b[0]), 1.0)
         r = torch.linspace(float(b[0]) - margin, float(b[-1]) + margin, _CURVE, dtype=torch.float64)
-        steps = tuple(high - low for low, high in pairwise(self.levels))
+        steps = _gaps(self.levels)
         temperature = torch.tensor(self._temperature(), dtype=torch.float64)
         soft, _ = _soft(None, r / beta, alpha, beta, b, temperature, steps, self.levels[0])
         hard = torch.tensor(self.levels)[torch.bucketize(r, b)] * alpha

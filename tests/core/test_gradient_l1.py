@@ -398,6 +398,7 @@ def test_what_is_changed_after_it_was_read_is_refused():
     penalty(cross_entropy(model(x), y)).backward()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning")  # torch 2.4's checkpoint about itself
 def test_checkpointing_changes_no_gradient_and_its_old_kind_is_refused():
     x, y = images()
     options = {"lambda_weights": 0.1, "lambda_activations": 0.1}
