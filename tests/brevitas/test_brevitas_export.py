@@ -265,7 +265,8 @@ def test_onnx_qcdq_in_onnx_runtime(algorithm, bits, per_channel, tmp_path):
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    for dynamo in (False, True) if (algorithm, bits) == ("fat", 3) else (False,):  # dynamo takes seconds
+    # dynamo takes seconds; Brevitas up to 0.12 fails there with its own quantizers too
+    for dynamo in (False, True) if (algorithm, bits) == ("fat", 3) and VERSION >= (0, 13) else (False,):
         options = {"opset_version": 18, "optimize": True, "verbose": False} if dynamo else {"opset_version": 13}
         export_onnx_qcdq(model, x, path, dynamo=dynamo, **options)
         session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])

@@ -43,7 +43,10 @@ def test_what_a_proxy_adds_in_training_is_the_scale_alone():
         shape = proxy.quantizer.spec.shape or (4, 8, 12, 12)
         x = torch.rand(shape, requires_grad=True)
         added = check_added_operations(lambda p=proxy, x=x: p(x), lambda p=proxy, x=x: p.quantizer(x))
-        assert added == scale + Counter(own[role]), role
+        wanted = scale + Counter(own[role])
+        for count in (added, wanted):  # a detach copies nothing, and torch 2.8 has one more
+            del count["aten.detach.default"]
+        assert added == wanted, role
 
 
 def test_evaluation_looks_at_forms_and_scales_once(monkeypatch):
