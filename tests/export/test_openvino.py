@@ -461,9 +461,12 @@ def test_ops_run_eagerly_traced_and_exported():
         wanted = model(x)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of its tracer
+            warnings.filterwarnings("ignore", message="At pre-dispatch tracing")  # and torch 2.4's, of any operator
             assert torch.equal(torch.jit.trace(model, x)(x), wanted)
-        program = torch.export.export(model, (x,))
-        assert torch.equal(program.module()(x), wanted)
+            if hasattr(nn.Module.__call__, "__wrapped__") and torch.__version__.startswith("2.4."):
+                pytest.skip("NNCF 2 wraps modules, and torch 2.4 cannot export what it wrapped")
+            program = torch.export.export(model, (x,))
+            assert torch.equal(program.module()(x), wanted)
     targets = {str(n.target) for n in program.graph.nodes}
     assert {"fat_plugins.decode_weight.default", "fat_plugins.quantize_activation.default"} <= targets
 

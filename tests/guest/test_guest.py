@@ -147,6 +147,8 @@ def test_an_import_loads_few_modules(base, ours, most):
         "print(json.dumps([sorted(before), sorted(set(sys.modules) - before)]))"
     )
     before, added = json.loads(run(None, code=code))
+    if "torch._dynamo" in added and version("torch").startswith("2.4."):
+        pytest.skip("torch 2.4 loads its compiler for torch.compiler.disable")
     assert len([m for m in added if m.startswith("fat_")]) > 10 and len(added) <= most
     there = {m.split(".")[0] for m in before}
     assert not ({m.split(".")[0] for m in added} - there) & set(LATER)
