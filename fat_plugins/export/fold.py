@@ -136,6 +136,35 @@ def average_in_float(model: Any) -> None:
             reader.replace_source_output(same.output(0))
 
 
+def sums_at_one_position(model: Any) -> None:
+    """Write sums of images of one pixel, such as behind a global pool, as ``ReduceSum``.
+
+    OpenVINO (2026.4) makes an integer convolution, what is added to it and the constants per channel behind the sum (a
+    batch norm, a bias) one layer, and is wrong in it for one sample of one position when the batch is not fixed.
+    """
+    op = _ov.opset()
+    model.validate_nodes_and_infer_types()
+    for node in model.get_ordered_ops():
+        shape = node.get_output_partial_shape(0) if node.get_type_name() == "Add" else None
+        if shape is None or shape.rank.is_dynamic or len(shape) < 3 or any(d != 1 for d in list(shape)[2:]):
+            continue
+        terms = node.input_values()
+        if any(v.get_node().get_type_name() == "Constant" or v.get_partial_shape() != shape for v in terms):
+            continue
+        axis = np.array([len(shape)], np.int64)
+        total = op.reduce_sum(op.concat([op.unsqueeze(v, axis) for v in terms], len(shape)), axis)
+        total.set_friendly_name(node.get_friendly_name())
+        take_place(node.output(0), total.output(0))
+
+
+def take_place(old: Any, new: Any) -> None:
+    """All readers of ``old`` read ``new``, which has its tensor names (they are the model's outputs' names)."""
+    if old.get_tensor().get_names():
+        new.get_tensor().set_names(old.get_tensor().get_names())
+    for target in list(old.get_target_inputs()):
+        target.replace_source_output(new)
+
+
 def plain_max_pools(model: Any) -> None:
     """Give max pools with torch's ceil mode the plain one where both have the same shape.
 

@@ -26,6 +26,8 @@ from fat_plugins.export.fold import (
     fold_affine,
     plain_max_pools,
     static_shape,
+    sums_at_one_position,
+    take_place,
     unsafe_in_integers,
 )
 from fat_plugins.export.packing import Storage, choose_storage, collapse
@@ -119,6 +121,7 @@ def rewrite(model: Any, entries: list[Entry]) -> None:
             _rewrite_weight(nodes[entry.tag], entry, shared, names)
     plain_max_pools(model)
     average_in_float(model)
+    sums_at_one_position(model)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -230,42 +233,15 @@ def _scaled(values: Any, scale: np.ndarray, name: str) -> Any:
 
 
 def _sum_of_layers(node: Any, weights: list[Any], layer: str) -> list[str]:
-    """Put one copy of ``node`` per weight in its place, outputs added: each keeps an integer kernel.
-
-    A constant that is added to the layer joins the first copy. Behind the sum OpenVINO (2026.4) fuses it into one of
-    the layers, and is wrong where that gives one number per channel (one sample, one position) of a batch that is not
-    fixed.
-    """
+    """Put one copy of ``node`` per weight in its place, outputs added: each keeps an integer kernel."""
     copies = [_ov.copy_with(node, [node.input_value(0), w.output(0)]) for w in weights]
     names = _names(layer, len(copies))
     for copy, name in zip(copies, names, strict=True):
         copy.set_friendly_name(name)
-    place, constant = node.output(0), _added_constant(node)
-    first = copies[0]
-    if constant is not None:
-        place, first = constant[0].output(0), _ov.opset().add(copies[0], constant[1])
-        first.set_friendly_name(constant[0].get_friendly_name())
-    total = reduce(_ov.opset().add, [first, *copies[1:]])
+    total = reduce(_ov.opset().add, copies)
     total.set_friendly_name(layer)
-    _take_place(place, total.output(0))
+    take_place(node.output(0), total.output(0))
     return names
-
-
-def _added_constant(node: Any) -> tuple[Any, Any] | None:
-    """The only reader of ``node``, if that adds a constant, and the constant."""
-    readers = [target.get_node() for target in node.output(0).get_target_inputs()]
-    if len(readers) != 1 or readers[0].get_type_name() != "Add":
-        return None
-    others = [v for v in readers[0].input_values() if v.get_node().get_type_name() == "Constant"]
-    return (readers[0], others[0]) if len(others) == 1 else None
-
-
-def _take_place(old: Any, new: Any) -> None:
-    """All readers of ``old`` read ``new``, which has its tensor names (they are the model's outputs' names)."""
-    if old.get_tensor().get_names():
-        new.get_tensor().set_names(old.get_tensor().get_names())
-    for target in list(old.get_target_inputs()):
-        target.replace_source_output(new)
 
 
 def _fits(levels: Any, low: int, high: int) -> bool:
@@ -312,7 +288,7 @@ def _rewrite_activation(placeholder: Any, entry: Entry) -> None:
     else:
         out = _staircase(source, form, entry)
     out.set_friendly_name(f"{QUANTIZE}{entry.name}")
-    _take_place(placeholder.output(0), out.output(0))
+    take_place(placeholder.output(0), out.output(0))
 
 
 def _scale(source: Any, form: Form) -> np.ndarray:

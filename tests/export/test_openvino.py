@@ -431,6 +431,29 @@ def test_constant_beside_a_sum_of_grids_at_one_position(norm, bias, tmp_path):
         assert_same(path, model, 3 * torch.rand(batch, 8, 3, 3))
 
 
+class Branches(nn.Module):
+    """The sum of two layers behind a global pool, and a batch norm behind that."""
+
+    def __init__(self):
+        super().__init__()
+        options = {"kernel": 1, "norm": False, "bias": True, "relu": False}
+        self.one, self.two = Layer("one", 8, 8, **options), Layer("two", 8, 8, **options)
+        self.norm, self.out = nn.BatchNorm2d(8), FrozenActivation(activation_grid(8, signed=True), "out")
+        nn.init.normal_(self.norm.bias)
+
+    def forward(self, x):
+        x = F.adaptive_avg_pool2d(x, 1)
+        return self.out(self.norm(F.relu(self.one(x) + self.two(x))))
+
+
+def test_sum_of_layers_at_one_position(tmp_path):
+    path, model = tmp_path / "m.xml", build(Branches)
+    write(model, path, torch.rand(1, 8, 3, 3))
+    for batch in (1, 2):
+        assert_same(path, model, 3 * torch.rand(batch, 8, 3, 3))
+    assert {k.name: k.speed for k in kernels(path)} == {"one": "int8", "two": "int8"}
+
+
 def test_fixed_batch(tmp_path):
     model = build(Single, "layer", 4, 4)
     write(model, tmp_path / "m.xml", torch.rand(2, 4, 5, 5), dynamic_batch=False)
