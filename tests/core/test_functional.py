@@ -75,6 +75,10 @@ def test_compiled_kernels_equal_eager_in_values_and_gradients(backend):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler for inductor's CPU code")
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.4."),
+    reason="what the compiler of torch 2.4 builds flushes subnormals of the whole process (fast math)",
+)
 def test_machine_code_equals_eager(backend, monkeypatch):
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (shutil.which("g++"),))  # whatever CXX says
     check_against_eager(backend, "inductor", [f for f in functions() if f[0] == "uniform-110"], (False,))
