@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -440,7 +441,15 @@ def convert(
 
 def main() -> None:
     """Entry point."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if not end.code or os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        # what one of several processes holds of gloo may wait for a lost one, for hours, when it is freed
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else FAILED)
 
 
 if __name__ == "__main__":

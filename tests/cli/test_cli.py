@@ -1,6 +1,7 @@
 """The command line without a host: help, exit codes, one line per error."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -219,3 +220,15 @@ def test_core_imports_no_host():
     code = "import sys, fat_plugins.cli, fat_plugins.recipes; sys.exit(any(m in sys.modules for m in %r))"
     hosts = ("nncf", "brevitas", "openvino", "onnx", "qonnx", "onnxruntime", "sklearn", "torchvision")
     assert subprocess.run([sys.executable, "-c", code % (hosts,)], timeout=120).returncode == 0
+
+
+@pytest.mark.parametrize(("world", "ends"), [("1", "freed\n"), ("2", "")])
+def test_one_of_several_processes_that_fails_frees_nothing(world, ends):
+    """Connections to a process that is lost would be closed then, and that can take hours."""
+    code = "import atexit; atexit.register(print, 'freed')\nfrom fat_plugins.cli import main\nmain()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "recipe", "--no-such-option"],
+        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "WORLD_SIZE": world},
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == ends
+    assert "no-such" in done.stderr or "No such" in done.stderr
