@@ -136,6 +136,17 @@ def average_in_float(model: Any) -> None:
             reader.replace_source_output(same.output(0))
 
 
+def _from_convolution(value: Any) -> bool:
+    """Whether a convolution gives it, perhaps through constants and an activation function that the plugin fuses."""
+    node = value.get_node()
+    while node.get_type_name() in ("Add", "Multiply", "Relu", "Clamp"):
+        inner = [v.get_node() for v in node.input_values() if v.get_node().get_type_name() != "Constant"]
+        if len(inner) != 1:
+            return False
+        node = inner[0]
+    return "Convolution" in node.get_type_name()
+
+
 def sums_at_one_position(model: Any) -> None:
     """Write sums of images of one pixel, such as behind a global pool, as ``ReduceSum``.
 
@@ -149,7 +160,9 @@ def sums_at_one_position(model: Any) -> None:
         if shape is None or shape.rank.is_dynamic or len(shape) < 3 or any(d != 1 for d in list(shape)[2:]):
             continue
         terms = node.input_values()
-        if any(v.get_node().get_type_name() == "Constant" or v.get_partial_shape() != shape for v in terms):
+        if not any(map(_from_convolution, terms)) or any(v.get_partial_shape() != shape for v in terms):
+            continue
+        if any(v.get_node().get_type_name() == "Constant" for v in terms):
             continue
         axis = np.array([len(shape)], np.int64)
         total = op.reduce_sum(op.concat([op.unsqueeze(v, axis) for v in terms], len(shape)), axis)
